@@ -1,0 +1,507 @@
+"""Report results: intervals, curves, comparison with the paper, claims, provenance.
+
+Everything here takes plain data (numbers, arrays, finished records) and trains nothing. The
+drawings of cells and transition rules (``natlib.drawing``) can be had from here too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from natlib.drawing import (
+    BLUE,
+    CYCLE,
+    DASHES,
+    GREEN,
+    INK,
+    KINDS,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    RED,
+    Chart,
+    cell_to_dot,
+    describe_cell,
+    draw_cell,
+    draw_genotype,
+    mask_plot,
+    plot_primitive_costs,
+    plot_transition_scheme,
+    short_name,
+    start_chart,
+    style,
+)  # fmt: skip
+from natlib.errors import NatlibError
+from natlib.primitives import Cost, primitive
+from natlib.records import Record
+
+__all__ = [
+    "Chart", "Claim", "Interval", "Measured", "RankCorrelation", "Table", "cell_to_dot",
+    "comparison_table", "describe_cell", "draw_cell", "draw_genotype", "duration",
+    "format_interval", "interval", "load_reported", "mask_plot", "paired_difference",
+    "plot_curves", "plot_intervals", "plot_primitive_costs", "plot_probabilities",
+    "plot_scatter", "plot_transition_scheme", "provenance_footer", "rank_correlation",
+    "scorecard", "short_name", "style",
+]  # fmt: skip
+
+REPORTED = Path(__file__).resolve().parent.parent / "paper" / "reported.csv"
+
+# Statistics ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval [low, high], from ``n`` values of deviation ``sd``."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    sd: float
+    confidence: float = 0.95
+
+
+def _numbers(values: ArrayLike, what: str) -> NDArray[np.float64]:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
+        raise NatlibError(
+            f"{what} must be a flat sequence of finite numbers, got shape {numbers.shape}"
+        )
+    return numbers
+
+
+def interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Return the mean with Student's t interval.
+
+    Raises NatlibError on fewer than two values, on any that is not finite, and on a confidence
+    outside (0, 1).
+    """
+    numbers = _numbers(values, "values")
+    if not 0 < confidence < 1:
+        raise NatlibError(f"confidence {confidence} is not between 0 and 1")
+    if len(numbers) < 2:
+        raise NatlibError(f"an interval needs at least two values, got {len(numbers)}")
+    mean, sd = float(numbers.mean()), float(numbers.std(ddof=1))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(numbers) - 1)) * sd / len(numbers) ** 0.5
+    return Interval(mean, mean - half, mean + half, len(numbers), sd, confidence)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Return the interval of ``b - a``, pair by pair: positive means that ``b`` is larger.
+
+    Raises NatlibError unless both hold the same number (two or more) of finite values.
+    """
+    first, second = _numbers(a, "a"), _numbers(b, "b")
+    if len(first) != len(second):
+        raise NatlibError(f"pairs need equal lengths, got {len(first)} and {len(second)}")
+    return interval(second - first, confidence)
+
+
+def format_interval(i: Interval, percent: bool = True, signed: bool = True, digits: int = 1) -> str:
+    """Write an interval as ``+1.5 [0.9, 2.1] (n = 200)``; ``percent`` multiplies by 100."""
+    scale = 100.0 if percent else 1.0
+    # Adding 0.0 turns a negative zero into zero.
+    mean, low, high = (round(v * scale, digits) + 0.0 for v in (i.mean, i.low, i.high))
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] (n = {i.n})"
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Kendall's tau and Spearman's rho of ``n`` pairs; [low, high] is the 95 % interval of rho."""
+
+    tau: float
+    rho: float
+    low: float
+    high: float
+    n: int
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> RankCorrelation:
+    """Say how far two scores rank alike; the interval is Fisher's with Bonett and Wright's width.
+
+    Raises NatlibError on fewer than four pairs, unequal lengths or a constant score.
+    """
+    a, b = _numbers(x, "x"), _numbers(y, "y")
+    if len(a) != len(b) or len(a) < 4:
+        raise NatlibError(f"a rank correlation needs four pairs, got {len(a)} and {len(b)} values")
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        raise NatlibError("a rank correlation needs scores that differ, got a constant one")
+    tau, rho = float(stats.kendalltau(a, b).statistic), float(stats.spearmanr(a, b).statistic)
+    half = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+    z = math.atanh(max(-0.999999, min(0.999999, rho)))
+    return RankCorrelation(tau, rho, math.tanh(z - half), math.tanh(z + half), len(a))
+
+
+# Plots of results ----------------------------------------------------------------------------
+
+
+def plot_curves(
+    curves: Mapping[str, ArrayLike], xlabel: str, ylabel: str, x: ArrayLike | None = None,
+    title: str = "",
+) -> Chart:  # fmt: skip
+    """Draw named curves over steps; (seeds, steps) arrays as their mean with a 95 % band.
+
+    Each curve is (steps,) or (seeds, steps); ``x`` holds the step positions, 1, 2, ... by default.
+    """
+    chart = start_chart(215, "")
+    axes = chart.subplots()
+    said = []
+    for i, (name, values) in enumerate(curves.items()):
+        rows = np.atleast_2d(np.asarray(values, dtype=np.float64))
+        steps = np.arange(1, rows.shape[1] + 1) if x is None else np.asarray(x)
+        if len(steps) != rows.shape[1]:
+            raise NatlibError(f"curve {name!r} has {rows.shape[1]} steps but x has {len(steps)}")
+        mean = rows.mean(axis=0)
+        axes.plot(steps, mean, label=name, ls=DASHES[i % 4], color=CYCLE[i % 7])
+        if len(rows) > 1:
+            spread = rows.std(axis=0, ddof=1) / len(rows) ** 0.5
+            half = stats.t.ppf(0.975, len(rows) - 1) * spread
+            axes.fill_between(steps, mean - half, mean + half, color=CYCLE[i % 7], alpha=0.18, lw=0)
+        said.append(f"{name} from {mean[0]:.3g} to {mean[-1]:.3g} (n = {len(rows)})")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if len(curves) > 1:
+        chart.legend(loc="outside upper left", ncols=3 if len(curves) > 4 else len(curves))
+    if title:
+        axes.set_title(title)
+    chart.alt = f"{title or 'Curves'}: {ylabel} against {xlabel}. {'; '.join(said)}."
+    return chart
+
+
+def plot_probabilities(
+    probabilities: ArrayLike, names: Sequence[str], x: ArrayLike | None = None,
+    xlabel: str = "policy step", title: str = "",
+) -> Chart:  # fmt: skip
+    """Draw how the mean probability of each primitive moves, (steps, K) array.
+
+    Colour says the kind and dashes the kernel. Raises NatlibError if K does not fit ``names``.
+    """
+    values = np.asarray(probabilities, dtype=np.float64)
+    if values.ndim != 2 or values.shape[1] != len(names):
+        raise NatlibError(f"probabilities {values.shape} do not fit {len(names)} names")
+    steps = np.arange(1, len(values) + 1) if x is None else np.asarray(x)
+    chart = start_chart(285, "")
+    axes = chart.subplots()
+    colors = dict(zip(KINDS, (BLUE, GREEN, PURPLE, ORANGE, RED, INK, "#8a8a8a"), strict=True))
+    dash = {5: "-", 3: "--", 1: "-.", 0: "-"}
+    for k in np.argsort(-values[-1], kind="stable"):
+        p = primitive(names[k])
+        axes.plot(steps, values[:, k], color=colors[p.kind], ls=dash.get(p.size, ":"),
+                  label=short_name(names[k]))  # fmt: skip
+    axes.set(xlabel=xlabel, ylabel="mean probability", ylim=(0, None))
+    if title:
+        axes.set_title(title)
+    chart.legend(loc="outside lower center", ncols=5, columnspacing=0.9, handlelength=1.6)
+    last = ", ".join(f"{names[k]} {values[0, k]:.2f} to {values[-1, k]:.2f}"
+                     for k in np.argsort(-values[-1], kind="stable"))  # fmt: skip
+    chart.alt = f"{title or 'Probabilities'}: mean probability from first to last step: {last}."
+    return chart
+
+
+def plot_scatter(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, title: str = "") -> Chart:
+    """Draw one score against another with their rank correlation and its interval."""
+    r = rank_correlation(x, y)
+    text = (f"Kendall τ = {r.tau:.2f}, Spearman ρ = {r.rho:.2f} "
+            f"[{r.low:.2f}, {r.high:.2f}], n = {r.n}")  # fmt: skip
+    chart = start_chart(255, f"{title or 'Scatter'}: {ylabel} against {xlabel}. {text}.")
+    axes = chart.subplots()
+    axes.plot(_numbers(x, "x"), _numbers(y, "y"), "o", color=BLUE, mec="white", mew=0.6, ms=6)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=f"{title}\n{text}" if title else text)
+    return chart
+
+
+def plot_intervals(
+    intervals: Mapping[str, Interval], xlabel: str, percent: bool = True, title: str = ""
+) -> Chart:
+    """Draw named intervals as points with whiskers beside a line at zero."""
+    scale = 100.0 if percent else 1.0
+    texts = [format_interval(i, percent) for i in intervals.values()]
+    said = "; ".join(f"{n} {t}" for n, t in zip(intervals, texts, strict=True))
+    chart = start_chart(
+        56 + (20 if title else 0) + 34 * len(intervals), f"{title or xlabel}: {said}."
+    )
+    axes = chart.subplots()
+    axes.axvline(0, color=INK, lw=1)
+    for k, i in enumerate(intervals.values()):
+        axes.plot([i.low * scale, i.high * scale], [k, k], color=CYCLE[k % 7], lw=2.4)
+        axes.plot(i.mean * scale, k, MARKERS[k % 7], color=CYCLE[k % 7], ms=7)
+    labels = [f"{name}\n{text}" for name, text in zip(intervals, texts, strict=True)]
+    axes.set_yticks(range(len(intervals)), labels)
+    axes.set_ylim(len(intervals) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel=xlabel, title=title)
+    return chart
+
+
+# Tables --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data frame shown as an HTML table that scrolls sideways where it does not fit.
+
+    ``formats`` maps column names to format specifications for their numbers (``".2f"``);
+    ``stacked`` tables of the book turn their rows into cards on a phone. Verdicts get a sign and
+    names in a column "notebook" become links.
+    """
+
+    frame: pd.DataFrame
+    caption: str = ""
+    formats: Mapping[str, str] | None = None
+    stacked: bool = False
+
+    def _cell(self, column: str, value: Any) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "–"
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        if isinstance(value, int | float | np.number):
+            spec = (self.formats or {}).get(column)
+            return format(value, spec or ("," if isinstance(value, int | np.integer) else ".4g"))
+        return escape(str(value))
+
+    def _repr_html_(self) -> str:
+        columns = [str(c) for c in self.frame.columns]
+        numeric = [pd.api.types.is_numeric_dtype(d) for d in self.frame.dtypes]
+        marks = [' class="number"' if n else "" for n in numeric]
+        head = "".join(
+            f'<th scope="col"{mark}>{escape(c)}</th>'
+            for c, mark in zip(columns, marks, strict=True)
+        )
+        body = []
+        for row in self.frame.itertuples(index=False, name=None):
+            cells = []
+            for c, mark, v in zip(columns, marks, row, strict=True):
+                text = self._cell(c, v)
+                if isinstance(v, str) and v in VERDICTS:
+                    mark, text = f' class="{VERDICTS[v][0]}"', f"{VERDICTS[v][1]} {text}"
+                if c == "notebook":
+                    # The book's build turns the name into a link that holds on every page.
+                    text = f'<a href="{text}.ipynb">{text}</a>'
+                cells.append(f'<td data-label="{escape(c)}"{mark}>{text}</td>')
+            body.append(f"<tr>{''.join(cells)}</tr>")
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        label = f' role="region" aria-label="{escape(self.caption)}"' if self.caption else ""
+        return (
+            f'<div class="natlib-table" style="overflow-x:auto" tabindex="0"{label}>'
+            f'<table class="natlib{" stacked" if self.stacked else ""}">{caption}'
+            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        )
+
+
+_REPORTED = ("paper", "table", "dataset", "architecture", "method", "params_m", "madds_m", "top1",
+             "top5", "note", "source")  # fmt: skip
+_NUMERIC = ("params_m", "madds_m", "top1", "top5")
+
+
+def load_reported(path: Path = REPORTED) -> pd.DataFrame:
+    """Read the published numbers: a row a table cell; params and MAdds in millions, accuracy in %.
+
+    Raises NatlibError on a missing file, other columns, an empty name, a number that is none, an
+    accuracy outside 0..100, or the same cell twice; the message names the line.
+    """
+    if not path.is_file():
+        raise NatlibError(f"{path}: no such file; it holds the published numbers")
+    raw = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if tuple(raw.columns) != _REPORTED:
+        raise NatlibError(f"{path}: columns are {list(raw.columns)}; expected {list(_REPORTED)}")
+    frame = raw.copy()
+    for column in _NUMERIC:
+        frame[column] = pd.to_numeric(raw[column], errors="coerce")
+        top = 100.0 if column.startswith("top") else math.inf
+        wrong = (raw[column] != "") & ~frame[column].between(0, top)
+        for i in raw.index[wrong]:
+            raise NatlibError(f"{path}, line {i + 2}: {column} {raw[column][i]!r} is not a number "
+                              f"of 0..{top:g}")  # fmt: skip
+    names = ["paper", "table", "dataset", "architecture", "method", "source"]
+    for column in names:
+        for i in raw.index[raw[column].str.strip() == ""]:
+            raise NatlibError(f"{path}, line {i + 2}: {column} is empty")
+    for i in raw.index[raw.duplicated(names[:5])]:
+        raise NatlibError(f"{path}, line {i + 2}: the same paper, table, dataset, architecture and "
+                          "method stand in an earlier line")  # fmt: skip
+    return frame
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What we measured for one table cell: costs in units, accuracies as fractions, one a seed.
+
+    Raises NatlibError on an accuracy outside 0..1.
+    """
+
+    dataset: str
+    architecture: str
+    method: str
+    cost: Cost | None = None
+    top1: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for value in self.top1:
+            if not 0 <= value <= 1:
+                raise NatlibError(f"accuracy {value} is not a fraction of 0..1")
+
+    @property
+    def accuracy(self) -> str:
+        """The mean in percent, with its interval where there are two seeds or more."""
+        if not self.top1:
+            return "–"
+        if len(self.top1) == 1:
+            return f"{100 * self.top1[0]:.1f} (n = 1)"
+        return format_interval(interval(self.top1), signed=False)
+
+
+def comparison_table(
+    measured: Iterable[Measured], table: str, reported: pd.DataFrame | None = None,
+    recorded: Iterable[Measured] = (), ours: str = "this machine",
+) -> pd.DataFrame:  # fmt: skip
+    """Put a published table beside our figures, a row for each data set, architecture and method.
+
+    ``table`` names the table in ``paper/reported.csv`` (``Table 1 (hand-crafted)``); its rows that
+    we did not measure stay, with dashes, and so do ours that were not published. ``recorded`` are
+    our long recorded runs. Raises NatlibError on a table that does not exist.
+    """
+    published = load_reported() if reported is None else reported
+    if table not in set(published["table"]):
+        raise NatlibError(f"no table {table!r}; there are {sorted(set(published['table']))}")
+    keys = ("dataset", "architecture", "method")
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for _, line in published[published["table"] == table].iterrows():
+        rows[tuple(str(line[k]) for k in keys)] = {
+            "params (M), paper": line["params_m"],
+            "MAdds (M), paper": line["madds_m"],
+            "top-1 (%), paper": line["top1"],
+        }
+    for group, name in ((tuple(recorded), "recorded"), (tuple(measured), ours)):
+        for m in group:
+            row = rows.setdefault((m.dataset, m.architecture, m.method), {})
+            if m.cost:
+                row["params (M), ours"] = m.cost.params / 1e6
+                row["MAdds (M), ours"] = m.cost.madds / 1e6
+            row[f"top-1 (%), {name}"] = m.accuracy
+    columns = [*keys, *(f"{what}, {who}" for what in ("params (M)", "MAdds (M)")
+                        for who in ("paper", "ours")),
+               *(f"top-1 (%), {who}" for who in ("paper", "recorded", ours))]  # fmt: skip
+    frame = pd.DataFrame(
+        [dict(zip(keys, key, strict=True)) | row for key, row in rows.items()]
+    ).reindex(columns=columns)
+    return frame.dropna(axis="columns", how="all")
+
+
+# Claims --------------------------------------------------------------------------------------
+
+Verdict = Literal["holds", "does not hold", "cannot be decided at this scale"]
+VERDICTS: Mapping[object, tuple[str, str]] = {
+    "holds": ("holds", "✓"),
+    "does not hold": ("fails", "✗"),
+    "cannot be decided at this scale": ("open", "?"),
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim with our evidence on it.
+
+    ``text`` is the claim, ``source`` the paper and section, ``where`` the notebook that looked
+    into it. ``evidence`` is the interval of a quantity that the claim says is positive (better),
+    a boolean where the matter is exact, or None where this scale cannot measure it. ``measured``
+    says the evidence in words; an interval writes itself.
+    """
+
+    text: str
+    source: str
+    where: str
+    evidence: Interval | bool | None
+    measured: str = ""
+    percent: bool = True
+
+    @property
+    def verdict(self) -> Verdict:
+        """Decided only if the whole interval lies on one side of zero."""
+        if isinstance(self.evidence, Interval):
+            if self.evidence.low > 0:
+                return "holds"
+            return "does not hold" if self.evidence.high < 0 else "cannot be decided at this scale"
+        if self.evidence is None:
+            return "cannot be decided at this scale"
+        return "holds" if self.evidence else "does not hold"
+
+    @property
+    def words(self) -> str:
+        """The evidence in words."""
+        shown = (
+            format_interval(self.evidence, self.percent)
+            if isinstance(self.evidence, Interval)
+            else ""
+        )
+        return " ".join(w for w in (self.measured, shown) if w) or "–"
+
+
+def scorecard(claims: Iterable[Claim]) -> pd.DataFrame:
+    """Tabulate claims: claim, source, evidence, verdict, notebook."""
+    columns = ["claim", "source", "what we found", "verdict", "notebook"]
+    rows = [(c.text, c.source, c.words, c.verdict, c.where) for c in claims]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# Provenance ----------------------------------------------------------------------------------
+
+
+def _seeds(config: Any) -> set[int]:
+    """Collect the seeds of a configuration, those of its parts included."""
+    if not isinstance(config, Mapping):
+        return set()
+    own = {v for k, v in config.items() if k == "seed" and isinstance(v, int)}
+    return own.union(*(_seeds(v) for v in config.values()))
+
+
+def duration(seconds: float) -> str:
+    """Write a time span as ``12.3 s``, ``4 min 05 s`` or ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def provenance_footer(records: Iterable[Record], scale: str, data: str = "") -> Table:
+    """Say where a notebook's figures come from: scale, data, seeds, machine, versions, time.
+
+    ``records`` are all that the notebook used, ``data`` names the data set in words. Where records
+    differ, every value is listed.
+    """
+    found = list({r.key: r for r in records}.values())
+
+    def each(form: str) -> str:
+        return ", ".join(dict.fromkeys(form.format(**r.provenance) for r in found)) or "–"
+
+    seeds = sorted(set().union(*(_seeds(r.config) for r in found)))
+    sums = ", ".join(dict.fromkeys(r.data[:12] for r in found if r.data))
+    code = dict.fromkeys(
+        f"{r.provenance['git'][:10] or 'no git'}{' with changes' if r.provenance['dirty'] else ''}"
+        for r in found
+    )
+    memory = max((float(r.provenance["peak_memory_mb"]) for r in found), default=0.0)
+    rows = {
+        "scale": scale,
+        "data": f"{data or '–'}{f' (checksum {sums})' if sums else ''}",
+        "results": f"{len(found)} records, seeds {', '.join(map(str, seeds)) or '–'}",
+        "computing time": duration(sum(float(r.provenance["wall_seconds"]) for r in found)),
+        "peak memory": f"{memory:,.0f} MB",
+        "machine": each("{device}, {cpu}, threads: {threads}"),
+        "versions": each("Python {python}, torch {torch}, numpy {numpy}"),
+        "code": ", ".join(code) or "–",
+    }
+    frame = pd.DataFrame(list(rows.items()), columns=["what", "value"])
+    return Table(frame, caption="Where these figures come from")
