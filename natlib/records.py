@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import fcntl
 import hashlib
 import json
 import math
@@ -37,6 +36,7 @@ from typing import Any
 
 from natlib import sources
 from natlib.errors import NatlibError
+from natlib.files import locked, replacing, write_json
 
 # torch is imported where it is used: `make verify` and `make stale` read records without it.
 
@@ -145,7 +145,7 @@ class Run:
             "artifacts": {name: asdict(value) for name, value in self.artifacts.items()},
             "state": state,
         }
-        with _replacing(self._checkpoint) as temporary:
+        with replacing(self._checkpoint) as temporary:
             torch.save(content, temporary)
         self._saved = time.monotonic()
 
@@ -190,7 +190,7 @@ class Run:
         if not re.fullmatch(r"[a-z0-9_]+", name) or name == "checkpoint":
             raise NatlibError(f"artifact name {name!r}: use lower-case letters, digits and _")
         file = self.directory / f"{name}.pt"
-        with _replacing(file) as temporary:
+        with replacing(file) as temporary:
             torch.save(value, temporary)
         stat = file.stat()
         self.artifacts[name] = Artifact(file.name, _sha256(file, stat.st_mtime_ns), stat.st_size)
@@ -391,7 +391,7 @@ class RunStore:
     def _compute(self, job: Job) -> Record:
         """Compute and write one record, or read it where another process just wrote it."""
         directory = self.root / job.kind / job.key
-        with _locked(directory):
+        with locked(directory):
             record = self.find(job.kind, job.key)
             if record is not None:
                 return record
@@ -417,8 +417,7 @@ class RunStore:
             )
             content = asdict(record)
             del content["path"]
-            with _replacing(record.path) as temporary:
-                temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            write_json(record.path, content)
             checkpoint.unlink(missing_ok=True)
             return record
 
@@ -597,28 +596,6 @@ def _flag(name: str) -> bool:
     if value not in ("", "0", "1"):
         raise NatlibError(f"{name}={value!r}: give 1 or 0")
     return value == "1"
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``target`` and put it in its place when all went well."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a record's folder; the system frees it when the process ends in any way."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,133 @@
+# NAT / NAT++ reproduced. `make` alone prints what there is; README.md says more.
+# Needs Python 3.11 or newer, make and git. Everything else goes into .venv.
+
+SCALE   ?= reduced
+DATASET ?= auto
+WORKERS ?=
+FRESH   ?= 0
+PYTHON  ?= python3
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PY     := .venv/bin/python
+SETUP  := .venv/installed
+SCALES := smoke reduced extended paper
+GRAPH   = $(PY) scripts/graph.py --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS))
+EXECUTE = $(MAKE) --no-print-directory -f .make/graph.mk
+
+REPORT = runs/transform/$(basename $(notdir $(GENOTYPE))).ipynb
+
+ifeq ($(filter $(SCALES),$(SCALE)),)
+$(error SCALE=$(SCALE) is not one of: $(SCALES))
+endif
+ifneq ($(filter-out 0 1,$(FRESH)),)
+$(error FRESH=$(FRESH) must be 0 or 1)
+endif
+ifeq ($(FRESH),1)
+# One moment for all notebooks, so that they share the records made after it.
+export NATLIB_FRESH := $(shell date +%s)
+GRAPH += --fresh
+endif
+
+.PHONY: help setup reproduce test lint book verify reference transform bench notebook lab stale \
+        clean distclean
+
+help: ## print this list
+	@echo "make TARGET [VARIABLE=value ...]"
+	@echo
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1@\2/p' $(MAKEFILE_LIST) | \
+	  while IFS=@ read -r target text; do printf '  %-11s %s\n' $$target "$$text"; done
+	@echo
+	@echo "  SCALE=reduced   smoke (minutes), reduced, extended (hours), paper (published settings, GPU)"
+	@echo "  DATASET=auto    cifar10, cifar100, fashion_mnist; auto: cifar10 where it can be had"
+	@echo "  WORKERS=n       worker processes in a notebook (default: one a core)"
+	@echo "  FRESH=1         compute again what is recorded"
+	@echo "  PYTHON=python3  the Python that .venv is made with"
+	@echo "  environment: NATLIB_DATA (folder with data sets), NATLIB_RUNS (folder of the records)"
+
+# --- set-up -------------------------------------------------------------------------------------
+
+setup: $(SETUP) ## make .venv (every target does this by itself)
+
+$(SETUP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "error: there is no $(PYTHON): install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: %s is Python %d.%d; 3.11 or newer is needed: name another with PYTHON=python3.12, say" % (sys.executable, v[0], v[1]))'
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "error: $(PYTHON) cannot make virtual environments: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "== setting up .venv with $$($(PYTHON) --version): some minutes, up to 6 GB (PyTorch is large) =="
+	@$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || $(PYTHON) -m venv --clear .venv
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[book,dev]'
+	@touch $@
+	@echo "== set-up done =="
+
+# --- running ------------------------------------------------------------------------------------
+
+reproduce: $(SETUP) ## run all notebooks and build the book with its scorecard
+	@$(PY) scripts/dataset.py $(DATASET)
+	@$(GRAPH)
+	@$(EXECUTE) all
+	@$(MAKE) --no-print-directory book
+
+notebook: $(SETUP) ## run one notebook, NAME=..., and what it depends on
+	@$(if $(NAME),,echo "error: give NAME=..., a notebook of experiments.yml" >&2; exit 1)
+	@$(PY) scripts/dataset.py $(DATASET)
+	@$(GRAPH) $(NAME)
+	@$(EXECUTE) all
+
+transform: $(SETUP) ## your own architecture, GENOTYPE=cell.json, through the trained policy
+	@$(if $(GENOTYPE),,echo "error: give GENOTYPE=..., a JSON file as README.md describes" >&2; exit 1)
+	@test -f "$(GENOTYPE)" || { echo "error: GENOTYPE=$(GENOTYPE): there is no such file" >&2; exit 1; }
+	@$(PY) scripts/dataset.py $(DATASET)
+	@$(GRAPH) 05_transform
+	@$(EXECUTE) upstream
+	@$(PY) scripts/run_notebook.py 05_transform --scale $(SCALE) \
+	  $(if $(WORKERS),--workers $(WORKERS)) --set genotype="$(GENOTYPE)" --output $(REPORT)
+	@$(PY) -m nbconvert --log-level ERROR --to html --no-input \
+	  --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= $(REPORT)
+	@echo "the report: $(CURDIR)/$(REPORT:.ipynb=.html)"
+
+book: $(SETUP) ## build the book from the executed notebooks; trains nothing
+	@$(PY) scripts/refresh.py
+	@$(MAKE) --no-print-directory book/_build/html/index.html
+	@echo "the book: $(CURDIR)/book/_build/html/index.html"
+
+book/_build/html/index.html: .make/book.hash
+	@echo "building the book ..."
+	@$(PY) scripts/build_book.py
+
+.make/book.hash: ;
+
+lab: $(SETUP) ## edit the notebooks in JupyterLab
+	@$(PY) -m jupyterlab notebooks
+
+# --- checking -----------------------------------------------------------------------------------
+
+test: $(SETUP) ## run all tests
+	@$(PY) -m pytest
+
+lint: $(SETUP) ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+verify: $(SETUP) ## compare this machine's results of SCALE with the recorded ones
+	@$(PY) scripts/verify.py check --scale $(SCALE)
+
+reference: $(SETUP) ## record this machine's results of SCALE as the reference
+	@$(PY) scripts/verify.py record --scale $(SCALE)
+
+bench: $(SETUP) ## measure speed: a table, and JSON in runs/bench.json
+	@$(PY) scripts/bench.py
+
+stale: $(SETUP) ## list records that older source code made
+	@$(PY) scripts/stale.py
+
+# --- removing -----------------------------------------------------------------------------------
+
+clean: ## remove executed notebooks and the book; keep records, data and .venv
+	rm -rf .make book/executed book/_build runs/failed runs/verify
+
+distclean: clean ## remove everything that was made, records, data and .venv too
+	rm -rf .venv runs data natlib.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,106 @@
+"""Write what each executed notebook depends on, as a makefile with one hash file a notebook.
+
+GNU Make then decides what runs. A hash file is rewritten only when its content changes: the code of
+the notebook and of what it imports from natlib (comments, docstrings and outputs do not count), its
+parameters, its data set and the files it reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments import (
+    EXECUTED,
+    STATE,
+    Experiment,
+    chosen_dataset,
+    code_hash,
+    code_of,
+    exit_with,
+    parameters_at,
+    read_experiments,
+    read_notebook,
+    require,
+    write_text,
+)
+
+from natlib import NatlibError
+from natlib.sources import files_hash, imported_names, module_files
+
+
+def stamp(name: str, experiment: Experiment, parameters: dict[str, Any]) -> str:
+    """Return what decides whether the executed notebook ``name`` is still right, as JSON."""
+    notebook = read_notebook(Path("notebooks") / f"{name}.ipynb")
+    imports = set().union(*map(imported_names, code_of(notebook)))
+    files = [Path(file) for file in experiment.files]
+    for file in files:
+        if not file.is_file():
+            raise NatlibError(f"experiments.yml: {file}, which {name} reads, is not there")
+    content = {
+        "code": code_hash(notebook),
+        "natlib": files_hash(module_files(imports, Path("natlib").resolve())),
+        "files": files_hash(files),
+        "parameters": parameters,
+    }
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def needed_by(names: list[str], experiments: dict[str, Experiment]) -> list[str]:
+    """Return ``names`` and the notebooks they come after, in the order of experiments.yml."""
+    wanted = set(names)
+    for name in reversed(experiments):
+        if name in wanted:
+            wanted.update(experiments[name].after)
+    return [name for name in experiments if name in wanted]
+
+
+def executed(names: list[str]) -> str:
+    """Return the executed notebooks ``names`` as a list for Make."""
+    return " ".join(str(EXECUTED / f"{name}.ipynb") for name in names)
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="notebooks (default: all), with what they need")
+    parser.add_argument("--scale", required=True)
+    parser.add_argument("--workers", type=int, help="worker processes in a notebook")
+    parser.add_argument("--fresh", action="store_true", help="run all of them again")
+    arguments = parser.parse_args()
+    scale = arguments.scale
+    experiments = read_experiments()
+    for name in arguments.names:
+        require(name, experiments, "notebook")
+    names = needed_by(arguments.names or list(experiments), experiments)
+    dataset = chosen_dataset()
+    given = {"scale": scale, "dataset": dataset["name"], "checksums": dataset["checksums"]}
+
+    workers = ["--workers", str(arguments.workers)] if arguments.workers else []
+    runner = [sys.executable, str(Path(__file__).with_name("run_notebook.py"))]
+    options = ["--scale", scale, *workers]
+    first = [name for name in names if name not in arguments.names]
+    rules = ["# written by scripts/graph.py", "all:", ".PHONY: all upstream"]
+    rules += [f"all: {executed(names)}", f"upstream: {executed(first)}"]
+    for name in names:
+        experiment = experiments[name]
+        own = parameters_at(experiments, name, scale)
+        text = stamp(name, experiment, {**given, **own})
+        file = STATE / f"{name}.hash"
+        if arguments.fresh or not file.exists() or file.read_text() != text:
+            write_text(file, text)
+        rules.append(f"{executed([name])}: {file} {executed(experiment.after)}")
+        rules.append(f"\t@{shlex.join([*runner, name, *options])}")
+    write_text(STATE / "graph.mk", "\n".join(rules) + "\n")
+    minutes = sum(experiments[name].minutes.get(scale, 0) for name in names)
+    print(f"{len(names)} notebooks at scale {scale}", end="")
+    print(f", about {minutes:g} min in all on two cores if nothing is recorded yet" * (minutes > 0))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,327 @@
+"""Execute one notebook with checked parameters and put the result where the book reads it.
+
+The notebook runs in this environment's own interpreter, in the current folder. It is executed into
+a file apart, which replaces the old result only when every cell succeeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+from experiments import (
+    EXECUTED,
+    RUNS,
+    STATE,
+    chosen_dataset,
+    code_hash,
+    exit_with,
+    parameters_at,
+    read_experiments,
+    read_notebook,
+    write_text,
+)
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
+from nbclient.util import run_sync
+from papermill.exceptions import PapermillExecutionError
+
+from natlib import NatlibError
+
+TYPES: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, tuple, dict)}
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel of this very interpreter, whatever kernels are installed on the machine."""
+
+    @property
+    def kernel_spec(self) -> Any:
+        """What to start."""
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name="Python 3", language="python")
+
+
+def declared_parameters(notebook: Any, name: str) -> dict[str, tuple[ast.expr | None, Any]]:
+    """Return annotation and default of each parameter in the cell tagged ``parameters``."""
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise NatlibError(f"{name}: one cell must have the tag 'parameters', not {len(cells)}")
+    declared: dict[str, tuple[ast.expr | None, Any]] = {}
+    for node in ast.parse(cells[0].source).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=parameter)], value=value):
+                declared[parameter] = (None, ast.literal_eval(value))
+            case ast.AnnAssign(
+                target=ast.Name(id=parameter), annotation=note, value=ast.expr() as value
+            ):
+                declared[parameter] = (note, ast.literal_eval(value))
+            case ast.Expr(value=ast.Constant()):
+                pass
+            case _:
+                raise NatlibError(
+                    f"{name}: the parameters cell may only hold lines such as `seeds: int = 3`, "
+                    f"not `{ast.unparse(node)}`"
+                )
+    return declared
+
+
+def fits(value: Any, annotation: ast.expr) -> bool:
+    """Say whether ``value`` is of a type such as ``int``, ``list[str]`` or ``str | None``."""
+    match annotation:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return fits(value, left) or fits(value, right)
+        case ast.Subscript(value=outer, slice=inner) if isinstance(value, list | tuple):
+            return fits(value, outer) and all(fits(item, inner) for item in value)
+        case ast.Subscript(value=outer):
+            return fits(value, outer)
+        case ast.Constant(value=None):
+            return value is None
+        case ast.Name(id="float"):
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case ast.Name(id="int"):
+            return isinstance(value, int) and not isinstance(value, bool)
+        case ast.Name(id=name) if name in TYPES:
+            return isinstance(value, TYPES[name])
+        case _:
+            raise NatlibError(f"parameter type {ast.unparse(annotation)} is not known")
+
+
+def check_parameters(notebook: Any, parameters: dict[str, Any], name: str) -> None:
+    """Raise NatlibError where a parameter is unknown to the notebook or of another type."""
+    declared = declared_parameters(notebook, name)
+    for parameter, value in parameters.items():
+        if parameter not in declared:
+            raise NatlibError(
+                f"{name} has no parameter {parameter!r}; it has: {', '.join(sorted(declared))}"
+            )
+        annotation, default = declared[parameter]
+        annotation = annotation or ast.Name(id=type(default).__name__)
+        if not fits(value, annotation):
+            raise NatlibError(
+                f"{name}: parameter {parameter} = {value!r} must be {ast.unparse(annotation)}"
+            )
+
+
+class Progress:
+    """One line that says how far the notebook is: in place on a terminal, else every 30 s."""
+
+    def __init__(self, name: str, cells: int, expected: float, file: Path) -> None:
+        self.name = name
+        self.cells = cells
+        self.cell = 0
+        self.expected = expected
+        self.file = file
+        self.started = time.time()
+        self.live = sys.stdout.isatty() and " -j" not in os.environ.get("MAKEFLAGS", "")
+        self.groups: dict[str, tuple[float, float, float]] = {}
+        self.tasks: dict[str, float] = {}
+        self.offset = 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def __enter__(self) -> Progress:
+        about = f" (about {clock(self.expected)})" if self.expected else ""
+        self.show(f"started{about}", last=not self.live)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def watch(self) -> None:
+        """Show the line again and again until the notebook has ended."""
+        while not self.stop.wait(1 if self.live else 30):
+            self.show(self.line(), last=not self.live)
+
+    def show(self, text: str, *, last: bool = True) -> None:
+        """Print the line; ``last`` ends it, so that the next one does not overwrite it."""
+        start = "\r\033[K" if self.live else ""
+        width = shutil.get_terminal_size().columns - 1 if self.live else 1000
+        print(f"{start}{f'{self.name}  {text}'[:width]}", end="\n" if last else "", flush=True)
+
+    def line(self) -> str:
+        """Return the line's text: elapsed and remaining time, the cell, the work in it."""
+        self.read()
+        elapsed = time.time() - self.started
+        left = self.expected - elapsed
+        parts = [f"cell {self.cell} of {self.cells}"]
+        for group, (done, total, since) in self.groups.items():
+            if done >= total:
+                continue
+            running = [share for task, share in self.tasks.items() if task.startswith(f"{group} ")]
+            share = min(1.0, (done + sum(s for s in running if s < 1)) / total)
+            parts.append(f"{group} {done:g} of {total:g} ({share:.0%})")
+            if share > 0.02:
+                left = max(left, (time.time() - since) * (1 - share) / share)
+        remaining = f"about {clock(left)} left" if left > 0 else "time left not known yet"
+        return ", ".join([f"{clock(elapsed)} elapsed", remaining, *parts])
+
+    def read(self) -> None:
+        """Read what natlib reported since the last time."""
+        if not self.file.exists():
+            return
+        with self.file.open() as stream:
+            stream.seek(self.offset)
+            for line in iter(stream.readline, ""):
+                if not line.endswith("\n"):
+                    break
+                self.offset += len(line.encode())
+                event = json.loads(line)
+                task, done, total = event["task"], event["done"], event["total"]
+                if " " in task:
+                    self.tasks[task] = done / total if total else 1.0
+                else:
+                    since = event["time"] if done == 0 else self.groups[task][2]
+                    self.groups[task] = (done, total, since)
+
+
+def clock(seconds: float) -> str:
+    """Return ``seconds`` as minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def execute(source: Path, target: Path, parameters: dict[str, Any], progress: Progress) -> None:
+    """Execute ``source`` into ``target`` with papermill; the kernel is gone when this returns."""
+    with tempfile.TemporaryDirectory(prefix="nat-") as folder:
+        # Sockets and IPython's own files live in this folder, and nothing of the user's is read.
+        os.environ.pop("JUPYTER_PATH", None)
+        os.environ["IPYTHONDIR"] = folder
+        kernel = OwnKernel(transport="ipc", connection_file=f"{folder}/kernel.json")
+
+        def note_cell(cell: Any, cell_index: int) -> None:
+            progress.cell = cell_index + 1
+
+        try:
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                km=kernel,
+                on_cell_start=note_cell,
+            )
+        finally:
+            if kernel.has_kernel:
+                run_sync(kernel.shutdown_kernel)(now=True)
+
+
+def describe(error: PapermillExecutionError) -> str:
+    """Return what a user needs of a failure: a NatlibError's message, else cell and traceback."""
+    if error.ename == "NatlibError":
+        return str(error.evalue)
+    traceback = "\n".join(error.traceback)
+    if not sys.stderr.isatty():
+        traceback = re.sub(r"\x1b\[[0-9;]*m", "", traceback)
+    return f"in cell {error.cell_index + 1}:\n{traceback}"
+
+
+def finish(partial: Path, target: Path, source: Any, about: dict[str, Any]) -> None:
+    """Put the executed notebook in place, with what it was executed as instead of papermill's."""
+    notebook = read_notebook(partial)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+    notebook.metadata["natlib"] = {"code": code_hash(source), **about}
+    write_text(target, nbformat.writes(notebook))
+    partial.unlink()
+
+
+def end_with_make() -> None:
+    """End this process soon after the make that started it was killed; the kernel follows."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if "MAKELEVEL" in os.environ:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="the notebook, without folder and .ipynb")
+    parser.add_argument("--scale", required=True)
+    parser.add_argument("--dataset", help="default: the one that scripts/dataset.py chose")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--set", action="append", default=[], metavar="PARAMETER=VALUE")
+    parser.add_argument("--output", type=Path, help="default: book/executed/NAME.ipynb")
+    arguments = parser.parse_args()
+    end_with_make()
+
+    name, scale = arguments.name, arguments.scale
+    experiments = read_experiments()
+    given = {"scale": scale, "dataset": arguments.dataset or chosen_dataset()["name"]}
+    parameters = {**given, "workers": arguments.workers, **parameters_at(experiments, name, scale)}
+    for assignment in arguments.set:
+        parameter, _, value = assignment.partition("=")
+        parameters[parameter] = yaml.safe_load(value)
+    path = Path("notebooks") / f"{name}.ipynb"
+    source = read_notebook(path)
+    check_parameters(source, parameters, name)
+
+    target = arguments.output or EXECUTED / f"{name}.ipynb"
+    partial = STATE / "executing" / target.name
+    report = STATE / "executing" / f"{target.stem}.progress"
+    manifest = STATE / "executing" / f"{target.stem}.manifest"
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for file in (partial, report, manifest):
+        file.unlink(missing_ok=True)
+    os.environ["NATLIB_PROGRESS"] = str(report.resolve())
+    os.environ["NATLIB_MANIFEST"] = str(manifest.resolve())
+    expected = 60 * experiments[name].minutes.get(scale, 0)
+    progress = Progress(target.stem, len(source.cells) + 1, expected, report)
+    try:
+        with progress:
+            execute(path, partial, parameters, progress)
+    except KeyboardInterrupt:
+        progress.show("stopped; type the same command again to go on")
+        return 130
+    except (PapermillExecutionError, DeadKernelError) as error:
+        progress.show(f"failed after {clock(time.time() - progress.started)}")
+        failed = RUNS / "failed" / target.name
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(partial, failed)
+        if isinstance(error, PapermillExecutionError):
+            what = describe(error)
+        else:
+            what = "the kernel ended (killed, or out of memory?); type the same command to go on"
+        print(f"error: {name}: {what}\n(executed so far: {failed})", file=sys.stderr)
+        return 1
+    seconds = time.time() - progress.started
+    finish(partial, target, source, {**given, "seconds": round(seconds, 1)})
+    if target.parent == EXECUTED:
+        used = (
+            [json.loads(line) for line in manifest.read_text().splitlines()]
+            if manifest.exists()
+            else []
+        )
+        unique = list({entry["key"]: entry for entry in used}.values())
+        write_text(RUNS / "manifests" / scale / f"{name}.json", json.dumps(unique, indent=1) + "\n")
+    progress.show(f"done in {clock(seconds)}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

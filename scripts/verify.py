@@ -1,0 +1,226 @@
+"""Compare this machine's records with the recorded reference, cell by cell, or record a reference.
+
+Every number in every record is a cell; of a list of numbers, its mean and its length. A record that
+depends on no seed must give the same values anywhere. One that does may differ between machines, as
+other rounding leads training elsewhere, just as another seed would: the tolerance of a metric is
+what the difference of two runs exceeds with a probability of 0.1 %, by the spread between the
+recorded seeds (Student's t, pooled over the configurations of a kind).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments import RUNS, SCALES, exit_with, require, write_text
+from scipy import stats
+
+from natlib import NatlibError
+from natlib.files import replacing
+from natlib.records import REPOSITORY, Record, read_record, read_reference
+
+LEVEL = 0.001
+ROUNDING = 1e-6  # relative; float32 sums in another order
+
+Tolerances = dict[str, dict[str, float | None]]
+
+
+def leaves(value: Any, path: str = "", many: bool = False) -> Iterator[tuple[str, bool, Any]]:
+    """Yield each value in a result with its path and whether it stands in a list."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from leaves(item, f"{path}.{name}" if path else name, many)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item, path, True)
+    else:
+        yield path, many, value
+
+
+def cells(result: dict[str, Any]) -> dict[str, float | str]:
+    """Return a result's cells by name: numbers as they are, lists of them as mean and length."""
+    found: dict[str, float | str] = {}
+    lists: dict[str, list[Any]] = defaultdict(list)
+    for path, many, value in leaves(result):
+        if many:
+            lists[path].append(value)
+        else:
+            found[path] = value if is_number(value) else repr(value)
+    for path, values in lists.items():
+        found[f"{path} (length)"] = len(values)
+        if all(map(is_number, values)):
+            found[f"{path} (mean)"] = math.fsum(values) / len(values)
+        else:
+            found[path] = repr(values)
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Say whether ``value`` is a number (True and False are not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def without_seeds(config: Any) -> Any:
+    """Return a configuration without the fields named seed, at any depth."""
+    if isinstance(config, dict):
+        return {k: without_seeds(v) for k, v in config.items() if k != "seed"}
+    if isinstance(config, list):
+        return [without_seeds(item) for item in config]
+    return config
+
+
+def is_exact(record: Record) -> bool:
+    """Say whether a record depends on no seed, its own or that of a record it was made from."""
+    return not record.inputs and without_seeds(record.config) == record.config
+
+
+def tolerances(records: list[Record]) -> Tolerances:
+    """Return for each kind and metric the tolerance, None where one seed shows no spread."""
+    groups: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        if is_exact(record):
+            continue
+        group = json.dumps(without_seeds(record.config), sort_keys=True) + record.data
+        for metric, value in cells(record.result).items():
+            if not isinstance(value, str):
+                metrics = groups.setdefault(record.kind, {}).setdefault(metric, {})
+                metrics.setdefault(group, []).append(value)
+    return {
+        kind: {metric: tolerance(list(values.values())) for metric, values in metrics.items()}
+        for kind, metrics in groups.items()
+    }
+
+
+def tolerance(groups: list[list[float]]) -> float | None:
+    """Return the tolerance from groups of values that differ in the seed alone."""
+    freedom = sum(len(values) - 1 for values in groups)
+    if freedom == 0:
+        return None
+    squares = sum((x - math.fsum(v) / len(v)) ** 2 for v in groups for x in v)
+    return float(stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(2 * squares / freedom))
+
+
+def judge(reference: float | str, here: float | str, allowed: float | None, exact: bool) -> str:
+    """Return the verdict on one cell: same, inside, OUTSIDE or not judged."""
+    if isinstance(reference, str) or isinstance(here, str):
+        same = reference == here
+    else:
+        same = math.isclose(reference, here, rel_tol=ROUNDING, abs_tol=ROUNDING)
+        if not same and not exact and allowed is not None:
+            return "inside" if abs(reference - here) <= allowed else "OUTSIDE"
+    return "same" if same else "OUTSIDE" if exact else "not judged"
+
+
+def used_records(scale: str) -> list[Record]:
+    """Return the records that the executed notebooks of ``scale`` used on this machine."""
+    found: dict[str, Record] = {}
+    for manifest in sorted((RUNS / "manifests" / scale).glob("*.json")):
+        for entry in json.loads(manifest.read_text()):
+            path = RUNS / entry["kind"] / entry["key"] / "record.json"
+            if path.exists():
+                found[entry["key"]] = read_record(path)
+    return list(found.values())
+
+
+def folder_of(scale: str) -> Path:
+    """Return where the reference of ``scale`` is recorded."""
+    return REPOSITORY / "results" / "reference" / scale
+
+
+def record_reference(scale: str) -> int:
+    """Record this machine's results of ``scale`` as the reference."""
+    records = used_records(scale)
+    if not records:
+        raise NatlibError(f"no records of scale {scale} here: run `make reproduce SCALE={scale}`")
+    contents = []
+    for record in sorted(records, key=lambda r: (r.kind, r.key)):
+        content = asdict(record)
+        del content["path"], content["artifacts"]
+        contents.append({**content, "artifacts": {}})
+    folder = folder_of(scale)
+    write_text(folder / "records.json", json.dumps(contents, indent=1) + "\n")
+    limits = tolerances(records)
+    write_text(folder / "tolerances.json", json.dumps(limits, indent=1, sort_keys=True) + "\n")
+    single = [f"{kind} {name}" for kind, m in limits.items() for name, v in m.items() if v is None]
+    print(f"{len(records)} records of scale {scale} written to {folder}")
+    if single:
+        print(f"of one seed only, so not judged by verify: {', '.join(single)}")
+    if any(record.provenance["dirty"] for record in records):
+        print("note: some were made with uncommitted changes to the code")
+    return 0
+
+
+def verify(scale: str) -> int:
+    """Print how this machine's results compare; return 1 where a cell is outside."""
+    references = read_reference(scale)
+    if not references:
+        raise NatlibError(f"no reference of scale {scale} is recorded in {folder_of(scale)}")
+    limits: Tolerances = json.loads((folder_of(scale) / "tolerances.json").read_text())
+    here = {record.key: record for record in used_records(scale)}
+    rows = []
+    for reference in references:
+        if reference.key not in here:
+            continue
+        mine = cells(here[reference.key].result)
+        exact = is_exact(reference)
+        for metric, value in cells(reference.result).items():
+            allowed = None if exact else limits.get(reference.kind, {}).get(metric)
+            verdict = judge(value, mine.get(metric, "missing"), allowed, exact)
+            rows.append(
+                (reference.kind, reference.key, metric, value, mine.get(metric), allowed, verdict)
+            )
+    print_table(rows)
+    missing = Counter(r.kind for r in references if r.key not in here)
+    for kind, count in sorted(missing.items()):
+        print(f"missing on this machine: {count} of kind {kind}")
+    if missing and not {r.data for r in here.values()} & {r.data for r in references if r.data}:
+        print("note: the reference was computed on another data set than this machine's")
+    path = RUNS / "verify" / f"{scale}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["kind", "key", "metric", "reference", "here", "tolerance", "verdict"])
+        writer.writerows(rows)
+    outside = sum(row[-1] == "OUTSIDE" for row in rows)
+    print(f"{len(rows)} cells compared, {outside} outside their tolerance; all of them: {path}")
+    if not rows:
+        print(f"nothing to compare: run `make reproduce SCALE={scale}` first")
+    return 1 if outside or not rows else 0
+
+
+def print_table(rows: list[tuple[Any, ...]]) -> None:
+    """Print one line for each kind and metric, and one for each cell that is outside."""
+    groups: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
+    for row in rows:
+        groups[row[0], row[2]].append(row)
+    for (kind, metric), members in sorted(groups.items()):
+        verdicts = Counter(row[-1] for row in members)
+        seeded = verdicts["not judged"] > 0
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
+        allowed = members[0][5]
+        limit = f"± {allowed:.4g}" if allowed is not None else "one seed" if seeded else "exact"
+        print(f"{kind:<20} {metric:<40} {limit:>12}   {counts}")
+        for _, key, _, reference, mine, _, verdict in members:
+            if verdict == "OUTSIDE":
+                print(f"    {key}: recorded {reference}, here {mine}")
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=["check", "record"])
+    parser.add_argument("--scale", required=True)
+    arguments = parser.parse_args()
+    require(arguments.scale, SCALES, "scale")
+    return (verify if arguments.action == "check" else record_reference)(arguments.scale)
+
+
+if __name__ == "__main__":
+    exit_with(main)
