@@ -92,7 +92,7 @@ class Chart(Figure):
         data = base64.b64encode(self.svg().encode()).decode()
         html = (
             f'<img class="natlib-figure" alt="{escape(self.alt)}" '
-            f'style="width:100%;max-width:{self.get_figwidth() * 1.5:.1f}in;background:white" '
+            f'style="width:100%;max-width:{self.get_figwidth() * 1.25:.1f}in;background:white" '
             f'src="data:image/svg+xml;base64,{data}">'
         )
         return {"text/html": html, "text/plain": self.alt}

@@ -289,13 +289,14 @@ class Table:
                     # The book's build turns the name into a link that holds on every page.
                     text = f'<a href="{text}.ipynb">{text}</a>'
                 cells.append(f'<td data-label="{escape(c)}"{mark}>{text}</td>')
-            body.append(f"<tr>{''.join(cells)}</tr>")
+            # The line ends keep neighbours apart in the book's search index.
+            body.append("<tr>" + "\n".join(cells) + "</tr>")
         caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
         label = f' role="region" aria-label="{escape(self.caption)}"' if self.caption else ""
         return (
             f'<div class="natlib-table" style="overflow-x:auto" tabindex="0"{label}>'
             f'<table class="natlib{" stacked" if self.stacked else ""}">{caption}'
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+            f"<thead><tr>{head}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div>"
         )
 
 
