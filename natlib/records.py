@@ -484,12 +484,11 @@ def read_reference(scale: str, repository: Path = REPOSITORY) -> list[Record]:
 
 
 def current_source(record: Record) -> str:
-    """Return the hash of the source that would compute ``record`` now ("" if it is not natlib's).
+    """Return the hash of the source that would compute ``record`` now.
 
     It differs from the one in ``record.provenance`` when the code changed since.
     """
-    module = str(record.provenance["body"]).partition(":")[0]
-    return sources.module_hash(module) if module.split(".")[0] == "natlib" else ""
+    return sources.module_hash(str(record.provenance["body"]).partition(":")[0])
 
 
 def _from_json(content: dict[str, Any], path: Path) -> Record:

@@ -1,0 +1,509 @@
+"""The scripts that make runs: parameters, execution, dependencies, verification."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+
+from natlib.records import REPOSITORY, Record, RunStore
+from natlib.sources import module_hash
+from tests import record_bodies as bodies
+
+SCRIPTS = REPOSITORY / "scripts"
+PARAMETERS = """
+scale: str = "smoke"
+dataset: str = "auto"
+workers: int = 1
+seeds: int = 2
+rate = 0.5
+names: list[str] = ["a"]
+genotype: str | None = None
+"""
+
+
+class Project:
+    """A small repository: notebooks, experiments.yml, and the real scripts run in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.entries: dict[str, Any] = {}
+        (root / "notebooks").mkdir()
+        (root / ".make").mkdir()
+        chosen = {"name": "cifar10", "checksums": ["1", "2"], "source": "a test"}
+        (root / ".make" / "dataset.json").write_text(json.dumps(chosen))
+
+    def notebook(self, name: str, *cells: str, prose: str = "Prose.", **entry: Any) -> None:
+        """Write a notebook with the usual parameters cell, and its entry in experiments.yml."""
+        v4 = nbformat.v4
+        tagged = v4.new_code_cell(PARAMETERS, id="p", metadata={"tags": ["parameters"]})
+        code = [v4.new_code_cell(cell, id=f"c{n}") for n, cell in enumerate(cells)]
+        text = v4.new_markdown_cell(prose, id="m")
+        path = self.root / "notebooks" / f"{name}.ipynb"
+        nbformat.write(v4.new_notebook(cells=[text, tagged, *code]), path)
+        default = {"title": name, "after": [], "parameters": {"smoke": {}}}
+        self.entries[name] = {**default, **entry}
+        experiments = yaml.safe_dump(self.entries, sort_keys=False)
+        (self.root / "experiments.yml").write_text(experiments)
+
+    def command(
+        self, *arguments: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "NATLIB"))}
+        return subprocess.run(
+            arguments,
+            cwd=self.root,
+            env={**environment, "PYTHONPATH": str(REPOSITORY), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def script(
+        self, name: str, *arguments: str, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        return self.command(sys.executable, str(SCRIPTS / f"{name}.py"), *arguments, **options)
+
+    def run(self, name: str, *options: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return self.script("run_notebook", name, "--scale", "smoke", *options, **more)
+
+    def make(self, *options: str) -> list[str]:
+        """Do what `make reproduce` does short of the book; return the notebooks it executed."""
+        # Without PYTHONPATH a kernel finds the project's own natlib before the installed one.
+        graph = self.script("graph", "--scale", "smoke", *options, env={"PYTHONPATH": ""})
+        assert graph.returncode == 0, graph.stderr
+        done = self.command("make", "-f", ".make/graph.mk", "all", env={"PYTHONPATH": ""})
+        assert done.returncode == 0, done.stderr
+        return [line.split()[0] for line in done.stdout.splitlines() if "started" in line]
+
+    def executed(self, name: str) -> Any:
+        return nbformat.read(self.root / "book" / "executed" / f"{name}.ipynb", as_version=4)
+
+    def printed(self, name: str) -> str:
+        outputs = [o for c in self.executed(name).cells for o in c.get("outputs", [])]
+        return "".join(o.text for o in outputs if o.output_type == "stream")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+# --- parameters -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seedz=3", "one has no parameter 'seedz'; it has: dataset, genotype, names, rate, scale,"),
+        ("seeds=2.5", "one: parameter seeds = 2.5 must be int"),
+        ("seeds=true", "one: parameter seeds = True must be int"),
+        ("seeds='3'", "one: parameter seeds = '3' must be int"),
+        ("rate=fast", "one: parameter rate = 'fast' must be float"),
+        ("names=[1]", "one: parameter names = [1] must be list[str]"),
+        ("genotype=1", "one: parameter genotype = 1 must be str | None"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_runs(
+    project: Project, setting: str, message: str
+) -> None:
+    project.notebook("one", "print('ran')")
+    done = project.run("one", "--set", setting)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+    assert not (project.root / "book").exists()
+
+
+def test_parameters_reach_the_notebook(project: Project) -> None:
+    project.notebook(
+        "one",
+        "print(scale, dataset, workers, seeds, rate, names, genotype)",
+        parameters={"smoke": {"seeds": 5, "rate": 1, "genotype": "x.json"}},
+    )
+    done = project.run("one", "--workers", "3", "--set", "names=[b, c]")
+    assert done.returncode == 0, done.stderr
+    assert project.printed("one") == "smoke cifar10 3 5 1 ['b', 'c'] x.json\n"
+    first, last = done.stdout.splitlines()
+    assert (first, last[:12]) == ("one  started", "one  done in")
+    metadata = project.executed("one").metadata
+    assert "papermill" not in metadata
+    assert {k: metadata["natlib"][k] for k in ("scale", "dataset")} == {
+        "scale": "smoke", "dataset": "cifar10",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["two"], "notebook: 'two' is not one of one"),
+        (["one", "--scale", "big"], "scale: 'big' is not one of smoke, reduced, extended, paper"),
+        (
+            ["one", "--scale", "paper"],
+            "scale of one in experiments.yml: 'paper' is not one of smoke",
+        ),
+    ],
+)
+def test_wrong_names_and_scales_are_refused(
+    project: Project, arguments: list[str], message: str
+) -> None:
+    project.notebook("one")
+    done = project.run(*arguments)
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"after": ["two"]}, "experiments.yml: notebook that one comes after: 'two' is not one of"),
+        ({"parameters": {"tiny": {}}}, "experiments.yml: scale of one: 'tiny' is not one of smoke"),
+        ({"afterwards": []}, "experiments.yml: "),
+        ({"files": ["none.csv"]}, "experiments.yml: none.csv, which one reads, is not there"),
+    ],
+)
+def test_mistakes_in_experiments_yml_are_named(
+    project: Project, entry: dict[str, Any], message: str
+) -> None:
+    project.notebook("one", **entry)
+    done = project.script("graph", "--scale", "smoke")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("tags", [[], [["parameters"], ["parameters"]]])
+def test_a_notebook_has_one_parameters_cell(project: Project, tags: list[list[str]]) -> None:
+    project.notebook("one")
+    cells = [nbformat.v4.new_code_cell("seeds = 1", metadata={"tags": t}) for t in tags]
+    path = project.root / "notebooks" / "one.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    done = project.run("one")
+    message = f"error: one: one cell must have the tag 'parameters', not {len(tags)}\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+# --- execution --------------------------------------------------------------------------------
+
+
+def test_a_failing_cell_keeps_the_old_result_and_says_where(project: Project) -> None:
+    project.notebook("one", "print('old')")
+    assert project.run("one").returncode == 0
+    project.notebook("one", "print('new')", "def f():\n    return 1 / 0\n\nf()")
+    done = project.run("one")
+    assert done.returncode == 1
+    assert "error: one: in cell 5:" in done.stderr  # prose, parameters, those given, two of code
+    assert "return 1 / 0" in done.stderr
+    assert "ZeroDivisionError: division by zero" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "papermill" not in done.stderr
+    assert project.printed("one") == "old\n"
+    assert "'new'" in (project.root / "runs" / "failed" / "one.ipynb").read_text()
+    assert [p.name for p in (project.root / "book" / "executed").iterdir()] == ["one.ipynb"]
+
+
+def test_of_bad_input_only_the_message_is_shown(project: Project) -> None:
+    cell = "from natlib import NatlibError\nraise NatlibError('primitive x: allowed are y, z')"
+    project.notebook("one", cell)
+    done = project.run("one")
+    assert done.returncode == 1
+    message, where = done.stderr.splitlines()
+    assert message == "error: one: primitive x: allowed are y, z"
+    assert "runs/failed/one.ipynb" in where
+
+
+def test_a_kernel_that_dies_is_one_clear_message(project: Project) -> None:
+    project.notebook("one", "import os\nos._exit(1)")
+    done = project.run("one")
+    assert done.returncode == 1
+    assert "error: one: the kernel ended" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_kernel_is_this_interpreter_whatever_is_installed(project: Project) -> None:
+    project.notebook("one", "import os, sys\nprint(sys.executable, os.getcwd())")
+    spec = project.root / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    wrong = {"argv": ["false"], "display_name": "Wrong", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(wrong))
+    done = project.run("one", env={"JUPYTER_PATH": str(spec.parent.parent)})
+    assert done.returncode == 0, done.stderr
+    assert project.printed("one") == f"{sys.executable} {project.root}\n"
+
+
+MANY = """
+import os
+from natlib.records import RunStore
+from tests import record_bodies as bodies
+configs = [bodies.Marked(os.getcwd(), seed, float(rate)) for seed in range(seeds)]
+store = RunStore.default()
+records = store.run_many("mark", configs, bodies.mark, recipe=1, data="", workers=workers)
+print([record.result["resumed"] for record in records])
+"""
+
+
+def test_killed_in_the_middle_and_started_again(project: Project) -> None:
+    project.notebook("one", MANY)
+    command = [sys.executable, str(SCRIPTS / "run_notebook.py"), "one", "--scale", "smoke"]
+    runs = project.root / "runs"
+    environment = {**os.environ, "NATLIB_RUNS": str(runs), "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [*command, "--workers", "2", "--set", "rate=600"], cwd=project.root, env=environment
+    )
+    end = time.monotonic() + 120
+    while len(list(runs.glob("mark/*/checkpoint.pt"))) < 2:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    workers = [int(path.name.split("-")[1]) for path in project.root.glob("[01]-*")]
+    assert len(workers) == 2
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert not (project.root / "book").exists()
+
+    done = project.run("one", "--workers", "2", "--set", "rate=600", env={"NATLIB_RUNS": str(runs)})
+    assert done.returncode == 0, done.stderr
+    assert project.printed("one") == "[True, True]\n"
+    used = json.loads((runs / "manifests" / "smoke" / "one.json").read_text())
+    assert {entry["key"] for entry in used} == {p.parent.name for p in runs.glob("*/*/record.json")}
+
+
+def test_an_interrupt_stops_the_run_and_says_how_to_go_on(project: Project) -> None:
+    project.notebook("one", "import time\nopen('reached', 'w')\ntime.sleep(600)")
+    command = [sys.executable, str(SCRIPTS / "run_notebook.py"), "one", "--scale", "smoke"]
+    process = subprocess.Popen(
+        command, cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (project.root / "reached").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == "one  started\none  stopped; type the same command again to go on\n"
+    assert "Traceback" not in errors
+    assert not (project.root / "book").exists()
+
+
+# --- what runs again ----------------------------------------------------------------------------
+
+
+def fake_natlib(root: Path, used: str, unused: str = "x = 1\n") -> None:
+    folder = root / "natlib"
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "used.py").write_text(used)
+    (folder / "unused.py").write_text(unused)
+
+
+def test_only_what_changed_runs_again(project: Project) -> None:
+    source = 'def f():\n    """Say."""\n    return 1\n'
+    fake_natlib(project.root, source)
+    (project.root / "table.csv").write_text("a,b\n")
+    first = "from natlib.used import f\nprint(f())"
+    project.notebook("one", first)
+    project.notebook("two", "print(2)", after=["one"])
+    project.notebook("three", "print(3)", files=["table.csv"])
+    assert project.make() == ["one", "two", "three"]
+    assert project.make() == []
+
+    # What does not matter: comments, docstrings, other modules, touches, prose, saved outputs.
+    fake_natlib(project.root, f"# more\n{source.replace('Say', 'Tell')}", "x = 2\n")
+    project.notebook("one", f"# a comment\n{first}")
+    project.notebook("two", "print(2)", prose="Other prose.", after=["one"])
+    for path in [*project.root.glob("natlib/*.py"), *project.root.glob("notebooks/*.ipynb")]:
+        path.touch()
+    copy = project.executed("three")
+    nbformat.write(copy, project.root / "notebooks" / "three.ipynb")
+    assert project.make() == []
+
+    # What does: code that a notebook imports, its own code, parameters, files, a lost copy.
+    fake_natlib(project.root, source.replace("1", "11"))
+    assert project.make() == ["one", "two"]
+    assert project.printed("one") == "11\n"
+    project.notebook("two", "print(22)", after=["one"])
+    assert project.make() == ["two"]
+    project.notebook("two", "print(22)", after=["one"], parameters={"smoke": {"seeds": 3}})
+    assert project.make() == ["two"]
+    (project.root / "table.csv").write_text("a,b\n1,2\n")
+    assert project.make() == ["three"]
+    (project.root / "book" / "executed" / "one.ipynb").unlink()
+    assert project.make("one") == ["one"]
+    assert project.make("three") == []
+    assert project.make("three", "--fresh") == ["three"]
+
+
+def test_edited_prose_reaches_the_executed_copy_without_a_run(project: Project) -> None:
+    project.notebook("one", "print(1)")
+    assert project.make() == ["one"]
+    target = project.root / "book" / "executed" / "one.ipynb"
+    before = target.stat().st_mtime_ns
+    project.notebook("one", "print(1)  # said so", prose="Better prose.")
+    assert project.script("refresh").stdout == ""
+    sources = [cell.source for cell in project.executed("one").cells]
+    assert "Better prose." in sources
+    assert "print(1)  # said so" in sources
+    assert project.printed("one") == "1\n"
+    assert target.stat().st_mtime_ns == before
+
+    stamp = project.root / ".make" / "book.hash"
+    made = stamp.stat().st_mtime_ns
+    assert project.script("refresh").returncode == 0
+    assert stamp.stat().st_mtime_ns == made
+    project.notebook("one", "print(2)", prose="Newest prose.")
+    assert "`make notebook NAME=one` renews it" in project.script("refresh").stdout
+    assert "Better prose." in [cell.source for cell in project.executed("one").cells]
+
+
+# --- the Makefile ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("SCALE=big", "SCALE=big is not one of: smoke reduced extended paper"),
+        ("FRESH=yes", "FRESH=yes must be 0 or 1"),
+    ],
+)
+def test_wrong_variables_are_refused(argument: str, message: str) -> None:
+    command = ["make", "-C", str(REPOSITORY), "reproduce", argument]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_help_is_the_default_and_lists_every_target() -> None:
+    done = subprocess.run(["make", "-C", str(REPOSITORY)], capture_output=True, text=True)
+    assert done.returncode == 0
+    targets = "reproduce test lint book verify reference transform bench notebook stale clean"
+    for target in [*targets.split(), "distclean", "help"]:
+        assert f"\n  {target} " in done.stdout
+
+
+# --- verify ---------------------------------------------------------------------------------------
+
+
+class Verified:
+    """Records of a random walk with a counterfeit reference to compare them with."""
+
+    def __init__(self, root: Path) -> None:
+        self.store = RunStore(root / "runs")
+        configs = [bodies.Walk(seed) for seed in range(4)]
+        arguments = {"recipe": 1, "data": ""}
+        self.records = self.store.run_many("walk", configs, bodies.walk, workers=1, **arguments)
+        self.records.append(self.store.run("fixed", bodies.Inner(), bodies.fixed, **arguments))
+        entries = [{"kind": r.kind, "key": r.key} for r in self.records]
+        path = root / "runs" / "manifests" / "smoke" / "one.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(entries))
+
+
+@pytest.fixture
+def verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return scripts/verify.py as a module whose reference and records lie in a folder apart."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.chdir(tmp_path)
+    import verify
+
+    monkeypatch.setattr(verify, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(verify, "RUNS", tmp_path / "runs")
+    read = verify.read_reference
+    monkeypatch.setattr(verify, "read_reference", lambda scale: read(scale, tmp_path))
+    return verify
+
+
+def rewrite(root: Path, change: Any) -> None:
+    path = root / "results" / "reference" / "smoke" / "records.json"
+    path.write_text(json.dumps([change(record) for record in json.loads(path.read_text())]))
+
+
+def test_verify_accepts_the_records_it_was_made_from(
+    verifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Verified(tmp_path)
+    assert verifier.record_reference("smoke") == 0
+    assert verifier.verify("smoke") == 0
+    out = capsys.readouterr().out
+    assert "0 outside their tolerance" in out
+    assert (tmp_path / "runs" / "verify" / "smoke.csv").read_text().count("\n") == 4 * 3 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "factor", "status"),
+    [("fixed", "params", 1.001, 1), ("walk", "end", 1.001, 0), ("walk", "end", 1e6, 1)],
+)
+def test_verify_allows_what_seeds_explain_and_no_more(
+    verifier: Any, tmp_path: Path, kind: str, metric: str, factor: float, status: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    Verified(tmp_path)
+    verifier.record_reference("smoke")
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        value = record["result"].get(metric)
+        if record["kind"] == kind:
+            many = isinstance(value, list)
+            record["result"][metric] = [x * factor for x in value] if many else value * factor
+        return record
+
+    rewrite(tmp_path, change)
+    assert verifier.verify("smoke") == status
+    assert ("OUTSIDE" in capsys.readouterr().out) == bool(status)
+
+
+def test_verify_says_what_is_missing(
+    verifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Verified(tmp_path)
+    verifier.record_reference("smoke")
+    rewrite(tmp_path, lambda r: {**r, "key": "0" * 16} if r["kind"] == "fixed" else r)
+    assert verifier.verify("smoke") == 0
+    assert "missing on this machine: 1 of kind fixed" in capsys.readouterr().out
+    rewrite(tmp_path, lambda r: {**r, "key": "0" * 16})
+    assert verifier.verify("smoke") == 1
+    assert "nothing to compare" in capsys.readouterr().out
+
+
+def test_tolerance_is_students_t_of_a_difference(verifier: Any) -> None:
+    # Two groups of two, each with variance 2: pooled variance 2 at 2 degrees of freedom.
+    assert verifier.tolerance([[1, 3], [11, 13]]) == pytest.approx(31.5991 * 2, rel=1e-4)
+    assert verifier.tolerance([[1], [2]]) is None
+    assert verifier.tolerance([[5, 5, 5]]) == 0
+
+
+def test_stale_lists_records_of_older_source(project: Project) -> None:
+    record = Verified(project.root).records[0]
+    text = record.path.read_text()
+
+    def listed(body: str, source: str) -> str:
+        content = json.loads(text)
+        content["provenance"] |= {"body": body, "source": source}
+        record.path.write_text(json.dumps(content))
+        return project.script("stale").stdout
+
+    assert "0 of 5 records" in listed("natlib.records:f", module_hash("natlib.records"))
+    out = listed("natlib.records:f", "older")
+    assert "1 of 5 records" in out
+    assert f"walk  {record.key}  made " in out
+
+
+def test_reference_holds_no_artifacts(verifier: Any, tmp_path: Path) -> None:
+    made = Verified(tmp_path).records
+    verifier.record_reference("smoke")
+    read: list[Record] = verifier.read_reference("smoke")
+    assert {r.key for r in read} == {r.key for r in made}
+    assert replace(read[0], path=made[0].path, artifacts={}) in [
+        replace(r, artifacts={}, path=made[0].path) for r in made
+    ]
