@@ -1,0 +1,267 @@
+"""One network class for supernet and standalone use: stacked cells under a macro architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from natlib.errors import NatlibError
+from natlib.genotype import INPUTS, Cell, Edge, Genotype
+from natlib.macro import MacroConfig, Position
+from natlib.operations import BatchNorm, Conv, FactorizedReduction, build, cat, pick, takes_relu
+from natlib.primitives import primitive
+from natlib.transitions import edge_stride
+
+
+def edge_keys(edges: Sequence[Edge]) -> list[str]:
+    """Name each edge's weights: source, target, primitive, and a count where they repeat."""
+    seen: dict[str, int] = {}
+    keys = []
+    for e in edges:
+        key = f"{e.source}_{e.target}_{e.primitive}"
+        seen[key] = seen.get(key, 0) + 1
+        keys.append(key if seen[key] == 1 else f"{key}_{seen[key]}")
+    return keys
+
+
+class _InputLayer(nn.Module):
+    """ReLU-conv-BN that brings a cell's input to its channels (factorized where it must shrink)."""
+
+    def __init__(self, inputs: int, channels: int, halve: bool, shared: bool) -> None:
+        super().__init__()
+        self.reduction = FactorizedReduction(inputs, channels, shared) if halve else None
+        self.conv = None if halve else Conv(inputs, channels)
+        self.bn = None if halve else BatchNorm(channels, shared)
+
+    def forward(self, relu: Tensor, columns: Tensor | None) -> Tensor:
+        if self.reduction is not None:
+            out: Tensor = self.reduction(relu, columns)
+        else:
+            assert self.conv is not None and self.bn is not None
+            out = self.bn(F.conv2d(relu, pick(self.conv.weight, columns)))
+        return out
+
+
+class _CellModule(nn.Module):
+    """The weights of one cell; which of them a forward pass uses, its ``Cell`` says."""
+
+    def __init__(
+        self, place: Position, inputs: tuple[int, int], edges: Sequence[Edge], shared: bool
+    ) -> None:
+        super().__init__()
+        self.place, self.shared = place, shared
+        c = place.channels
+        self.inputs = nn.ModuleList(
+            _InputLayer(width, c, halve, shared)
+            for width, halve in zip(inputs, (place.halve, False), strict=True)
+        )
+        self.edges = nn.ModuleDict()
+        for key, e in zip(edge_keys(edges), edges, strict=True):
+            module = build(primitive(e.primitive), c, edge_stride(e.source, place.kind), shared)
+            if module is not None:
+                self.edges[key] = module
+
+    def forward(
+        self, relus: tuple[Tensor, Tensor], columns: tuple[Tensor | None, Tensor | None], cell: Cell
+    ) -> Tensor:
+        live = cell.live
+        values: dict[int, Tensor] = {
+            i: self.inputs[i](relus[i], columns[i]) for i in range(INPUTS) if i in live
+        }
+        relu_of: dict[int, Tensor] = {}
+        # Two edges with the same weights (supernet), or pools of one node, are computed once.
+        done: dict[str, Tensor] = {}
+        for node, group in enumerate(cell.in_edges, INPUTS):
+            if node not in live:
+                continue
+            total: Tensor | None = None
+            keys = edge_keys(group)
+            for key, e in zip(keys, group, strict=True):
+                if e.primitive == "null":
+                    continue
+                if self.shared:
+                    key = f"{e.source}_{e.target}_{e.primitive}"
+                name = key
+                p = primitive(e.primitive)
+                if p.kind in ("max_pool", "avg_pool"):
+                    name = f"{e.source}_{e.primitive}"
+                if name not in done:
+                    if key not in self.edges:
+                        self._require(key, e)
+                        done[name] = values[e.source]
+                    elif takes_relu(p):
+                        if e.source not in relu_of:
+                            relu_of[e.source] = F.relu(values[e.source])
+                        done[name] = self.edges[key](relu_of[e.source])
+                    else:
+                        done[name] = self.edges[key](values[e.source])
+                total = done[name] if total is None else total + done[name]
+            values[node] = self._zero(relus[1]) if total is None else total
+        return cat([values[n] for n in cell.concat])
+
+    def _require(self, key: str, e: Edge) -> None:
+        """Refuse an edge that this network holds no weights for (a stride-1 skip needs none)."""
+        if e.primitive != "skip_connect" or edge_stride(e.source, self.place.kind) == 2:
+            raise NatlibError(
+                f"this network has no weights for edge {key}; a supernet takes the primitives and "
+                "nodes it was built with, a standalone network its own genotype"
+            )
+
+    def _zero(self, like: Tensor) -> Tensor:
+        """The value of a node all of whose incoming edges are null."""
+        side = -(-like.shape[2] // 2) if self.place.kind == "reduce" else like.shape[2]
+        shape = (like.shape[0], self.place.channels, side, side)
+        return like.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+
+
+class CellNetwork(nn.Module):
+    """Stem, stacked cells, global pooling, linear classifier; supernet or standalone.
+
+    A supernet (``nodes`` and ``primitives`` given) holds every primitive on every possible edge
+    and takes the genotype with each forward pass; a standalone network (``genotype`` given) holds
+    its own edges only. Shared batch norms have no affine parameters and use batch statistics, as
+    in the papers' supernet; ``shared`` may be set for a standalone network too, so that supernet
+    weights can be copied in and give the same logits.
+
+    Input (B, image_channels, H, W) float, output (B, classes). Weights are drawn from
+    ``generator`` (uniform Kaiming as PyTorch's layers), never from the global one. ``device``
+    "meta" builds without memory. Input layers and classifier of a supernet hold columns for each
+    of ``nodes`` nodes; a genotype's concat picks among them.
+    """
+
+    def __init__(
+        self,
+        macro: MacroConfig,
+        *,
+        genotype: Genotype | None = None,
+        nodes: int | None = None,
+        primitives: Sequence[str] | None = None,
+        shared: bool | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        if (genotype is None) == (nodes is None) or (nodes is None) != (primitives is None):
+            raise NatlibError("give either a genotype, or nodes and primitives of a supernet")
+        self.macro, self.genotype, self.nodes = macro, genotype, nodes
+        self.shared = genotype is None if shared is None else shared
+        edges: dict[str, Sequence[Edge]]
+        if genotype is not None:
+            edges = {name: cell.edges for name, cell in genotype.cells}
+            outputs = {name: len(cell.concat) for name, cell in genotype.cells}
+        else:
+            assert nodes is not None and primitives is not None
+            every = [
+                Edge(s, t, primitive(p).name)
+                for t in range(INPUTS, INPUTS + nodes)
+                for s in range(t)
+                for p in primitives
+            ]
+            edges = {"normal": every, "reduce": every}
+            outputs = {"normal": nodes, "reduce": nodes}
+        with torch.device("meta"):
+            width = macro.stem * macro.channels
+            self.stem = Conv(macro.image_channels, width, (3, 3))
+            # Affine in the supernet too, as released: it has 15,024,550 parameters at 20 channels.
+            self.stem_bn = BatchNorm(width, self.shared, affine=True)
+            before = last = width
+            cells = []
+            for place in macro.positions():
+                cells.append(_CellModule(place, (before, last), edges[place.kind], self.shared))
+                before, last = last, place.channels * outputs[place.kind]
+            self.cells = nn.ModuleList(cells)
+            self.classifier = nn.Linear(last, macro.classes)
+        self.to_empty(device=device)
+        self.reset(generator)
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None) -> None:
+        """Draw all weights anew, in the modules' order."""
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.reset()
+        for name, weight in self.named_parameters():
+            if weight.device.type == "meta":
+                continue
+            if weight.ndim > 1:
+                bound = 1 / math.sqrt(weight[0].numel())
+                weight.uniform_(-bound, bound, generator=generator)
+            elif name == "classifier.bias":
+                bound = 1 / math.sqrt(self.classifier.in_features)
+                weight.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, images: Tensor, genotype: Genotype | None = None) -> Tensor:
+        """Compute logits (B, classes); a supernet needs the genotype to run.
+
+        Raises NatlibError if a supernet gets none, or one with nodes or primitives it lacks.
+        """
+        run = genotype if genotype is not None else self.genotype
+        if run is None:
+            raise NatlibError("a supernet needs a genotype to run")
+        if self.nodes is not None:
+            for name, cell in run.cells:
+                if cell.nodes > self.nodes:
+                    raise NatlibError(
+                        f"the {name} cell has {cell.nodes} nodes; this supernet has {self.nodes}"
+                    )
+        x = self.stem_bn(self.stem(images))
+        relus = (F.relu(x),) * 2
+        columns: tuple[Tensor | None, Tensor | None] = (None, None)
+        for module in self.cells:
+            assert isinstance(module, _CellModule)
+            cell = run.reduce if module.place.kind == "reduce" else run.normal
+            x = module(relus, columns, cell)
+            relus = (relus[1], F.relu(x))
+            columns = (columns[1], self._columns(cell, module.place.channels, x.device))
+        pooled = x.mean((2, 3))
+        return F.linear(pooled, pick(self.classifier.weight, columns[1]), self.classifier.bias)
+
+    def _columns(self, cell: Cell, channels: int, device: torch.device) -> Tensor | None:
+        """Input channels that a concat fills in the layers behind it; None if it fills all."""
+        if self.nodes is None or cell.concat == tuple(range(INPUTS, INPUTS + self.nodes)):
+            return None
+        starts = torch.tensor([n - INPUTS for n in cell.concat], device=device) * channels
+        return (starts[:, None] + torch.arange(channels, device=device)).flatten()
+
+    @torch.no_grad()
+    def copy_from(self, supernet: CellNetwork) -> None:
+        """Copy a supernet's weights into this standalone network (built with ``shared=True``).
+
+        Raises NatlibError unless this is a shared standalone network of the supernet's macro.
+        """
+        run = self.genotype
+        if run is None or not self.shared or supernet.nodes is None:
+            raise NatlibError(
+                "copy_from takes a supernet into a standalone network with shared batch norms"
+            )
+        if self.macro != supernet.macro:
+            raise NatlibError(f"macro {self.macro} is not the supernet's {supernet.macro}")
+        source = dict(supernet.named_parameters())
+        columns: list[Tensor | None] = [None, None]
+        for place in self.macro.positions():
+            cell = run.reduce if place.kind == "reduce" else run.normal
+            columns.append(supernet._columns(cell, place.channels, self.stem.weight.device))
+        for name, weight in self.named_parameters():
+            parts = name.split(".")
+            if parts[0] == "cells" and parts[2] == "edges":
+                # A repeated edge carries a count that the supernet's single copy lacks.
+                pieces = parts[3].split("_")
+                if pieces[-1].isdigit():
+                    parts[3] = "_".join(pieces[:-1])
+                weight.copy_(source[".".join(parts)])
+            elif parts[0] == "cells" and parts[2] == "inputs":
+                weight.copy_(pick(source[name], columns[int(parts[1]) + int(parts[3])]))
+            elif name == "classifier.weight":
+                weight.copy_(pick(source[name], columns[-1]))
+            else:
+                weight.copy_(source[name])
+
+
+def parameter_count(parameters: Iterable[Tensor]) -> int:
+    """Count the elements of all given tensors."""
+    return sum(p.numel() for p in parameters)

@@ -1,0 +1,229 @@
+"""The primitives as torch modules, for shared (supernet) and standalone use alike.
+
+Every operation takes a node's value and its ReLU, so that the ReLU is computed once for all edges
+that leave the node. Tensors are (B, C, H, W), channels-last in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from natlib.primitives import Primitive
+
+EPSILON = 1e-5
+
+
+class BatchNorm(nn.Module):
+    """Batch norm in one of two forms.
+
+    ``shared``: always the batch's own statistics and, by default, no affine parameters, as in the
+    papers' supernet. Otherwise running statistics, by default affine.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    variance: Tensor | None
+
+    def __init__(self, channels: int, shared: bool, affine: bool | None = None) -> None:
+        super().__init__()
+        affine = not shared if affine is None else affine
+        self.channels = channels
+        self.weight = nn.Parameter(torch.empty(channels)) if affine else None
+        self.bias = nn.Parameter(torch.empty(channels)) if affine else None
+        self.register_buffer("mean", None if shared else torch.empty(channels))
+        self.register_buffer("variance", None if shared else torch.empty(channels))
+
+    def reset(self) -> None:
+        """Set scale and variance to 1, shift and mean to 0."""
+        with torch.no_grad():
+            for value, tensor in (
+                (1, self.weight), (0, self.bias), (0, self.mean), (1, self.variance)
+            ):  # fmt: skip
+                if tensor is not None:
+                    tensor.fill_(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = self.training or self.mean is None
+        return F.batch_norm(
+            x, self.mean, self.variance, self.weight, self.bias, batch, 0.1, EPSILON
+        )
+
+
+class Conv(nn.Module):
+    """Convolution without bias, weights only: (out, in / groups, height, width)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int] = (1, 1),
+        stride: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, *kernel))
+        self.stride = stride
+        self.padding = (kernel[0] // 2, kernel[1] // 2)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self.stride, self.padding, 1, self.groups)
+
+
+class DilatedDepthwise(nn.Module):
+    """Depthwise convolution of dilation 2, computed as plain ones on phase images.
+
+    At stride 1 the four images of even and odd rows and columns are convolved on their own, at
+    stride 2 only the even one is needed: equal results, and several times faster on a CPU than
+    dilated kernels.
+    """
+
+    def __init__(self, channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel, kernel))
+        self.stride = stride
+        self.pad = kernel // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        if self.stride == 2:
+            phases = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+            return F.conv2d(phases, self.weight, None, 1, self.pad, 1, c)
+        if h % 2 or w % 2:
+            return F.conv2d(x, self.weight, None, 1, 2 * self.pad, 2, c)
+        # (b, h/2, 2, w/2, 2, c) -> (b, 2, 2, h/2, w/2, c): phases become batch entries.
+        nhwc = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c)
+        phases = nhwc.permute(0, 2, 4, 1, 3, 5).reshape(4 * b, h // 2, w // 2, c)
+        y = F.conv2d(phases.permute(0, 3, 1, 2), self.weight, None, 1, self.pad, 1, c)
+        nhwc = y.permute(0, 2, 3, 1).reshape(b, 2, 2, h // 2, w // 2, c)
+        return nhwc.permute(0, 3, 1, 4, 2, 5).reshape(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class ConvBN(nn.Module):
+    """Convolutions in sequence, then batch norm, on a value whose ReLU was taken already."""
+
+    def __init__(self, channels: int, shared: bool, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.bn = BatchNorm(channels, shared)
+
+    def forward(self, relu: Tensor) -> Tensor:
+        for layer in self.layers:
+            relu = layer(relu)
+        out: Tensor = self.bn(relu)
+        return out
+
+
+class FactorizedReduction(nn.Module):
+    """Halve the resolution by two 1x1 convolutions of stride 2, one shifted by a pixel.
+
+    ``columns`` restricts the input channels (see ``network.CellNetwork``).
+    """
+
+    def __init__(self, inputs: int, outputs: int, shared: bool) -> None:
+        super().__init__()
+        self.even = Conv(inputs, outputs // 2)
+        self.odd = Conv(inputs, outputs - outputs // 2)
+        self.bn = BatchNorm(outputs, shared)
+
+    def forward(self, relu: Tensor, columns: Tensor | None = None) -> Tensor:
+        shifted = F.pad(relu[:, :, 1::2, 1::2], (0, relu.shape[3] % 2, 0, relu.shape[2] % 2))
+        halves = [
+            F.conv2d(part.contiguous(memory_format=torch.channels_last), pick(weight, columns))
+            for part, weight in (
+                (relu[:, :, ::2, ::2], self.even.weight),
+                (shifted, self.odd.weight),
+            )
+        ]
+        out: Tensor = self.bn(torch.cat(halves, 1))
+        return out
+
+
+def pick(weight: Tensor, columns: Tensor | None) -> Tensor:
+    """Return the weight, or only the given input channels of it."""
+    return weight if columns is None else weight.index_select(1, columns)
+
+
+class Pool(nn.Module):
+    """Max or average pooling (border not counted), then batch norm without affine."""
+
+    def __init__(self, p: Primitive, channels: int, stride: int, shared: bool) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.maximum = p.size, stride, p.kind == "max_pool"
+        self.bn = BatchNorm(channels, shared, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, pad = self.kernel, self.kernel // 2
+        if k % 2 == 0:
+            # Even kernels have no centre: one repeated row and column keep the size at stride 1.
+            if self.stride == 1:
+                x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+            pad = 0
+        if self.maximum:
+            y = F.max_pool2d(x, k, self.stride, pad)
+        else:
+            y = F.avg_pool2d(x, k, self.stride, pad, count_include_pad=False)
+        out: Tensor = self.bn(y)
+        return out
+
+
+def build(p: Primitive, channels: int, stride: int, shared: bool) -> nn.Module | None:
+    """Build a primitive with ``channels`` inputs and outputs; None where there is nothing to build.
+
+    ``stride`` 1 or 2; ``shared`` as in ``BatchNorm``. None stands for null (no value at all) and
+    for skip_connect at stride 1 (the value itself).
+    """
+    c, k = channels, p.kernel
+    if p.kind == "null" or (p.kind == "skip" and stride == 1):
+        return None
+    if p.kind == "skip":
+        return FactorizedReduction(c, c, shared)
+    if p.kind in ("max_pool", "avg_pool"):
+        return Pool(p, c, stride, shared)
+    if p.kind == "dil_conv":
+        return ConvBN(c, shared, DilatedDepthwise(c, k[0], stride), Conv(c, c))
+    if p.kind == "sep_conv":
+        first = ConvBN(c, shared, Conv(c, c, k, (stride, stride), groups=c), Conv(c, c))
+        second = ConvBN(c, shared, Conv(c, c, k, groups=c), Conv(c, c))
+        return nn.Sequential(first, nn.ReLU(), second)
+    if p.factorized:
+        # One axis is strided in each of the two, as in NAONet.
+        one, two = ((1, stride), (stride, 1)) if k[0] == 1 else ((stride, 1), (1, stride))
+        return ConvBN(c, shared, Conv(c, c, k, one), Conv(c, c, k[::-1], two))
+    return ConvBN(c, shared, Conv(c, c, k, (stride, stride)))
+
+
+def takes_relu(p: Primitive) -> bool:
+    """Say whether the primitive works on the ReLU of its input (convolutions and reductions)."""
+    return p.kind not in ("max_pool", "avg_pool", "null")
+
+
+class DenseCat(torch.autograd.Function):
+    """Concatenation along channels whose backward hands out dense channels-last gradients.
+
+    The ordinary backward returns strided slices, which push batch norm's backward onto a slow
+    path on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *parts: Tensor) -> Tensor:
+        ctx.sizes = [p.shape[1] for p in parts]  # type: ignore[attr-defined]
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+        pieces = torch.split(grads[0], ctx.sizes, 1)  # type: ignore[attr-defined]
+        return tuple(p.contiguous(memory_format=torch.channels_last) for p in pieces)
+
+
+def cat(parts: list[Tensor]) -> Tensor:
+    """Concatenate along channels; see ``DenseCat``."""
+    if len(parts) == 1:
+        return parts[0]
+    apply: Callable[..., Tensor] = DenseCat.apply
+    return apply(*parts)

@@ -1,0 +1,296 @@
+"""Policies over transitions: batched graph-convolution and random policies, and BMSoftmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from natlib.errors import NatlibError
+from natlib.genotype import INPUTS, Genotype
+from natlib.transitions import Transitions
+
+
+def bm_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logarithm of ``bm_softmax``; -inf where the mask is off, gradient exactly 0 there.
+
+    ``logits`` (..., K) finite, ``mask`` bool, broadcastable to it. Raises NatlibError where a row
+    allows nothing.
+    """
+    if not bool(mask.any(-1).all()):
+        raise NatlibError("BMSoftmax got a mask that allows nothing; each row needs one True")
+    return F.log_softmax(logits.masked_fill(~mask, -math.inf), -1)
+
+
+def bm_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Binary-Masked Softmax: p_i = m_i exp(x_i) / sum_j m_j exp(x_j) over the last dimension.
+
+    ``logits`` (..., K), ``mask`` bool, broadcastable to it. Masked entries have probability and
+    gradient exactly 0; finite logits of any size give finite results. Raises NatlibError where a
+    row allows nothing. Source: NAT++ (TPAMI 2021), Sec. 4.2.
+    """
+    return bm_log_softmax(logits, mask).exp()
+
+
+@dataclass(frozen=True)
+class CellBatch:
+    """Cells as index tensors: B cells, N intermediate nodes, D incoming edges a node, padded.
+
+    ``primitives`` and ``sources`` int64 (B, N, D); ``present`` bool (B, N, D), False for padding;
+    ``reduction`` bool (B,). Two consecutive cells are one genotype's normal and reduction cell.
+    """
+
+    primitives: Tensor
+    sources: Tensor
+    present: Tensor
+    reduction: Tensor
+
+    def __len__(self) -> int:
+        return self.primitives.shape[0]
+
+    def strides(self) -> Tensor:
+        """Stride index (0: stride 1, 1: stride 2) of each edge, int64 (B, N, D)."""
+        return (self.reduction[:, None, None] & (self.sources < INPUTS)).long()
+
+    def to(self, device: torch.device) -> CellBatch:
+        """Move to a device."""
+        return CellBatch(*(t.to(device) for t in (
+            self.primitives, self.sources, self.present, self.reduction
+        )))  # fmt: skip
+
+    @staticmethod
+    def encode(genotypes: Sequence[Genotype], primitives: Sequence[str]) -> CellBatch:
+        """Encode genotypes, two cells each; smaller cells are padded.
+
+        Raises NatlibError on an empty list or a primitive outside ``primitives``.
+        """
+        if not genotypes:
+            raise NatlibError("cannot encode an empty list of genotypes")
+        index = {name: i for i, name in enumerate(primitives)}
+        cells = [cell for g in genotypes for _, cell in g.cells]
+        nodes = max(c.nodes for c in cells)
+        degree = max(len(group) for c in cells for group in c.in_edges)
+        empty = [[0] * degree] * nodes
+        prims, sources, present = [], [], []
+        for c in cells:
+            p, s, m = ([list(row) for row in empty] for _ in range(3))
+            for n, group in enumerate(c.in_edges):
+                for d, e in enumerate(group):
+                    if e.primitive not in index:
+                        raise NatlibError(
+                            f"primitive {e.primitive!r} is not in this policy's search space; "
+                            f"allowed are {', '.join(primitives)}"
+                        )
+                    p[n][d], s[n][d], m[n][d] = index[e.primitive], e.source, 1
+            prims.append(p)
+            sources.append(s)
+            present.append(m)
+        return CellBatch(
+            torch.tensor(prims),
+            torch.tensor(sources),
+            torch.tensor(present, dtype=torch.bool),
+            torch.tensor([False, True] * len(genotypes)),
+        )
+
+
+def decode(genotypes: Sequence[Genotype], actions: Tensor, names: Sequence[str]) -> list[Genotype]:
+    """Put actions (2 len(genotypes), N, D), primitive indexes, onto the genotypes' edges."""
+    out = []
+    rows = actions.tolist()
+    for i, g in enumerate(genotypes):
+        chosen = [
+            names[rows[2 * i + k][n][d]]
+            for k, (_, cell) in enumerate(g.cells)
+            for n, group in enumerate(cell.in_edges)
+            for d in range(len(group))
+        ]
+        out.append(g.with_primitives(chosen))
+    return out
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled rewriting of each input: genotypes, log-probability and entropy, (len,) each.
+
+    ``log_probability`` and ``entropy`` (nats) are sums over all edges of both cells and carry
+    gradients.
+    """
+
+    genotypes: list[Genotype]
+    log_probability: Tensor
+    entropy: Tensor
+
+
+class Logits(Protocol):
+    """What a policy network is: logits (B, N, D, K) for a batch of cells."""
+
+    def __call__(self, batch: CellBatch) -> Tensor:
+        """Compute logits of the K primitives for each edge."""
+        ...
+
+
+class UniformLogits(nn.Module):
+    """The random policy: every allowed transition equally likely."""
+
+    def __init__(self, primitives: int) -> None:
+        super().__init__()
+        self.primitives = primitives
+
+    def forward(self, batch: CellBatch) -> Tensor:
+        """Return zeros (B, N, D, K)."""
+        return batch.present.new_zeros(
+            (*batch.primitives.shape, self.primitives), dtype=torch.float
+        )
+
+
+@dataclass(frozen=True)
+class GCNConfig:
+    """Sizes of the graph-convolution policy.
+
+    Defaults are the published ones (node feature 1024, hidden 100, embedding 100). ``degree`` is
+    the largest number of incoming edges a node may have. ``graph`` "both" links nodes along edges
+    in both directions with self loops, symmetrically normalised; "released" is the form of the
+    authors' code, directed, without self loops or normalisation, which leaves most edges' logits
+    blind to the edge's own primitive.
+    """
+
+    embedding: int = 100
+    feature: int = 1024
+    hidden: int = 100
+    degree: int = 2
+    graph: str = "both"
+
+    def __post_init__(self) -> None:
+        if self.graph not in ("both", "released"):
+            raise NatlibError(f"graph {self.graph!r} is not one of 'both', 'released'")
+
+
+class GCNLogits(nn.Module):
+    """Two graph convolutions over a cell, then K logits for each incoming edge of a node.
+
+    Z = A relu(A X W0) W1 W_fc (NAT, Eq. 8), X from the embeddings of the incoming primitives, of
+    the inputs, and of the cell's type. Weights are drawn from ``generator``.
+    """
+
+    def __init__(
+        self, primitives: int, config: GCNConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.primitives = config, primitives
+        e, d = config.embedding, config.degree
+        with torch.device("meta"):
+            self.edge = nn.Embedding(d * primitives, e)
+            self.input = nn.Embedding(INPUTS, d * e)
+            self.kind = nn.Embedding(2, d * e)
+            self.project = nn.Linear(d * e, config.feature)
+            self.first = nn.Linear(config.feature, config.hidden, bias=False)
+            self.second = nn.Linear(config.hidden, config.hidden, bias=False)
+            self.head = nn.Linear(config.hidden, d * primitives)
+        self.to_empty(device="cpu")
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                if name.startswith(("edge", "input", "kind")):
+                    weight.normal_(generator=generator)
+                elif weight.ndim > 1:
+                    bound = math.sqrt(6 / weight.shape[1])
+                    if name.startswith("head"):
+                        # Start near the uniform policy: the first rollouts explore.
+                        bound *= 0.05
+                    weight.uniform_(-bound, bound, generator=generator)
+                else:
+                    weight.zero_()
+
+    def adjacency(self, batch: CellBatch) -> Tensor:
+        """Matrix (B, N + 2, N + 2) whose row mixes what a node receives."""
+        b, n, d = batch.primitives.shape
+        flat = torch.arange(INPUTS, INPUTS + n, device=batch.sources.device)
+        target = flat[:, None].expand(n, d).reshape(-1).expand(b, -1)
+        a = torch.zeros(b, n + INPUTS, n + INPUTS, device=batch.sources.device)
+        rows = torch.arange(b, device=a.device)[:, None].expand_as(target)
+        a.index_put_(
+            (rows, target, batch.sources.reshape(b, -1)),
+            batch.present.reshape(b, -1).to(a.dtype),
+            accumulate=True,
+        )
+        if self.config.graph == "released":
+            return a
+        a = (a + a.transpose(1, 2)).clamp(max=1) + torch.eye(n + INPUTS, device=a.device)
+        scale = a.sum(2).rsqrt()
+        return a * scale[:, :, None] * scale[:, None, :]
+
+    def forward(self, batch: CellBatch) -> Tensor:
+        """Compute logits (B, N, D, K); raises NatlibError where a node has too many inputs."""
+        b, n, d = batch.primitives.shape
+        most, k = self.config.degree, self.primitives
+        if d > most:
+            raise NatlibError(f"a node has {d} incoming edges; this policy was built for {most}")
+        slots = torch.arange(d, device=batch.primitives.device) * k
+        embedded = self.edge(batch.primitives + slots) * batch.present[..., None]
+        node = F.pad(embedded.flatten(2), (0, (most - d) * self.config.embedding))
+        x = torch.cat([self.input.weight.expand(b, -1, -1), node], 1)
+        x = x + self.kind(batch.reduction.long())[:, None]
+        x = F.relu(self.project(x))
+        a = self.adjacency(batch)
+        hidden = torch.bmm(a, F.relu(torch.bmm(a, self.first(x))) @ self.second.weight.T)
+        logits: Tensor = self.head(hidden)[:, INPUTS:].view(b, n, most, k)
+        return logits[:, :, :d]
+
+
+class Policy:
+    """A policy network with a transition rule: samples and scores rewritings of genotypes.
+
+    ``logits`` maps a ``CellBatch`` to logits (B, N, D, K); K is the rule's search space. The
+    rule's mask enters through BMSoftmax, so no forbidden transition has probability above 0.
+    """
+
+    def __init__(self, logits: Logits, transitions: Transitions, device: str = "cpu") -> None:
+        self.logits, self.transitions = logits, transitions
+        self.device = torch.device(device)
+        self.mask = transitions.mask().to(self.device)
+
+    def encode(self, genotypes: Sequence[Genotype]) -> CellBatch:
+        """Encode genotypes for this policy's search space and device."""
+        return CellBatch.encode(genotypes, self.transitions.primitives).to(self.device)
+
+    def log_probabilities(self, batch: CellBatch) -> Tensor:
+        """Log-probabilities (B, N, D, K) of every transition of every edge."""
+        return bm_log_softmax(self.logits(batch), self.mask[batch.strides(), batch.primitives])
+
+    def sample(
+        self,
+        genotypes: Sequence[Genotype],
+        generator: torch.Generator,
+        encoded: CellBatch | None = None,
+    ) -> Rollout:
+        """Sample one rewriting of each genotype; ``encoded`` saves encoding them again."""
+        batch = encoded or self.encode(genotypes)
+        logp = self.log_probabilities(batch)
+        flat = logp.detach().exp().flatten(0, 2)
+        actions = torch.multinomial(flat, 1, generator=generator).view(batch.primitives.shape)
+        return self._rollout(genotypes, batch, logp, actions)
+
+    def most_likely(self, genotypes: Sequence[Genotype]) -> list[Genotype]:
+        """Return the argmax rewriting of each genotype (the paper's Maximum-GCN)."""
+        with torch.no_grad():
+            actions = self.log_probabilities(self.encode(genotypes)).argmax(-1)
+        return decode(genotypes, actions, self.transitions.primitives)
+
+    def _rollout(
+        self, genotypes: Sequence[Genotype], batch: CellBatch, logp: Tensor, actions: Tensor
+    ) -> Rollout:
+        chosen = logp.gather(-1, actions[..., None])[..., 0]
+        p = logp.exp()
+        # 0 log 0 = 0, in the gradient as well.
+        entropy = -(p * logp.masked_fill(torch.isinf(logp), 0)).sum(-1)
+        keep = batch.present
+        both = (len(genotypes), -1)
+        return Rollout(
+            decode(genotypes, actions, self.transitions.primitives),
+            (chosen * keep).view(both).sum(1),
+            (entropy * keep).view(both).sum(1),
+        )

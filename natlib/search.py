@@ -1,0 +1,565 @@
+"""Supernet training, REINFORCE on transitions, and derivation of the rewritten architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from natlib import data
+from natlib.cost import Cost, network_cost
+from natlib.errors import NatlibError
+from natlib.genotype import INPUTS, Cell, Edge, Genotype
+from natlib.macro import MacroConfig
+from natlib.network import CellNetwork
+from natlib.policy import GCNConfig, GCNLogits, Policy, UniformLogits
+from natlib.primitives import PRIMITIVES
+from natlib.records import Run, RunStore
+from natlib.train import (
+    DataConfig,
+    accuracy,
+    augmented,
+    cosine,
+    device,
+    sgd,
+    sgd_step,
+    splits,
+    stream,
+)
+from natlib.transitions import by_name
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """The architectures p(beta) draws from, uniformly.
+
+    ``nodes``: allowed numbers of intermediate nodes of a cell; each node has two incoming edges
+    from any earlier nodes; each edge any of ``primitives``. A share ``loose_ends`` of the
+    genotypes concatenates only nodes without outgoing edge (ENAS, VGG), the rest all nodes (DARTS).
+    """
+
+    nodes: tuple[int, ...] = (4,)
+    primitives: tuple[str, ...] = PRIMITIVES
+    loose_ends: float = 0.0
+
+    def sample(self, generator: torch.Generator) -> Genotype:
+        """Draw a genotype."""
+        nodes = self.nodes[_below(len(self.nodes), generator)]
+        loose = float(torch.rand((), generator=generator)) < self.loose_ends
+        return Genotype(*(self._cell(nodes, loose, generator) for _ in range(2)))
+
+    def _cell(self, nodes: int, loose: bool, generator: torch.Generator) -> Cell:
+        everyone = tuple(range(INPUTS, INPUTS + nodes))
+        edges = tuple(
+            Edge(_below(t, generator), t, self.primitives[_below(len(self.primitives), generator)])
+            for t in everyone
+            for _ in range(2)
+        )
+        used = {e.source for e in edges}
+        return Cell(edges, tuple(n for n in everyone if n not in used) if loose else everyone)
+
+
+def _below(n: int, generator: torch.Generator) -> int:
+    return int(torch.randint(n, (), generator=generator))
+
+
+@dataclass(frozen=True)
+class SupernetConfig:
+    """Training of shared weights: one uniformly drawn architecture a step.
+
+    SGD with momentum, cosine learning rate, gradient norm clipped. ``snapshots`` weights are kept,
+    evenly spaced over training, the last at its end: the policy's alternation goes through them
+    (see ``train_policy``).
+    """
+
+    data: DataConfig
+    macro: MacroConfig
+    space: SpaceConfig
+    seed: int
+    epochs: int
+    batch: int = 64
+    lr: float = 0.01
+    lr_last: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    clip: float = 5.0
+    snapshots: int = 1
+    watched: int = 16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.snapshots <= self.epochs:
+            raise NatlibError(
+                f"snapshots = {self.snapshots}; allowed are 1..{self.epochs} (the epochs)"
+            )
+
+    @property
+    def snapshot_epochs(self) -> list[int]:
+        """Numbers of finished epochs after which weights are kept."""
+        return [(k + 1) * self.epochs // self.snapshots for k in range(self.snapshots)]
+
+
+def build_supernet(config: SupernetConfig) -> CellNetwork:
+    """Build the supernet of ``config`` on the compute device, freshly initialised."""
+    network = CellNetwork(
+        config.macro,
+        nodes=max(config.space.nodes),
+        primitives=config.space.primitives,
+        generator=stream(config.seed, "weights"),
+    )
+    return network.to(device())
+
+
+def train_supernet(run: Run) -> dict[str, Any]:
+    """Train shared weights; body of records of kind "supernet".
+
+    Artifacts "snapshot_0", ... hold the kept weights. Returns the mean training loss of each epoch
+    and, every time weights are kept, the mean accuracy (0..1) of ``watched`` fixed random
+    architectures on ``report`` images. Source: NAT, Sec. 4.3, Algorithm 1.
+    """
+    config: SupernetConfig = run.config
+    parts = splits(config.data)
+    where = device()
+    network = build_supernet(config)
+    optimizer = sgd(network, config.momentum, config.weight_decay)
+    losses: list[float] = []
+    watched: list[list[float]] = []
+    if state := run.load_checkpoint():
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses, watched = state["losses"], state["watched"]
+    watch = stream(config.seed, "watched")
+    genotypes = [config.space.sample(watch) for _ in range(config.watched)]
+    size = len(parts.train.labels)
+    steps = size // config.batch
+    for epoch in range(len(losses), config.epochs):
+        generator = stream(config.seed, "epoch", epoch)
+        total = torch.zeros((), device=where)
+        for i, index in enumerate(data.index_batches(size, config.batch, generator)):
+            index = index.to(where)
+            x = augmented(parts.train, index, parts, generator)
+            logits = network(x, config.space.sample(generator))
+            loss = F.cross_entropy(logits, parts.train.labels[index])
+            lr = cosine(epoch * steps + i, config.epochs * steps, config.lr, config.lr_last)
+            sgd_step(network, optimizer, loss, lr, config.clip)
+            total += loss.detach()
+            run.progress(epoch * steps + i + 1, config.epochs * steps)
+        losses.append(float(total) / steps)
+        if not math.isfinite(losses[-1]):
+            raise NatlibError(
+                f"the supernet diverged in epoch {epoch + 1}; try a lower lr than {config.lr}"
+            )
+        if epoch + 1 in config.snapshot_epochs:
+            run.save_artifact(f"snapshot_{len(watched)}", network.state_dict())
+            watched.append(
+                [
+                    accuracy(network, parts.report.normalised, parts.report.labels, g)
+                    for g in genotypes
+                ]
+            )
+        if run.checkpoint_due() and epoch + 1 < config.epochs:
+            run.save_checkpoint(
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "losses": losses,
+                    "watched": watched,
+                }
+            )
+    return {"losses": losses, "watched": watched, "snapshot_epochs": config.snapshot_epochs}
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """REINFORCE training of one policy against one supernet's snapshots.
+
+    ``supernet_key`` is the record of ``supernet``. Each update draws ``architectures`` inputs,
+    ``rollouts`` rewritings of each, and ``reward_images`` search images; Adam maximises
+    (R - baseline) log pi + ``entropy_weight`` H, where R is the accuracy gained (0..1) and the
+    baseline a moving average of R. Defaults are the published settings.
+    """
+
+    supernet: SupernetConfig
+    supernet_key: str
+    transitions: str
+    seed: int
+    updates: int
+    architectures: int = 1
+    rollouts: int = 1
+    reward_images: int = 64
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 5e-4
+    entropy_weight: float = 0.003
+    baseline_decay: float = 0.99
+    gcn: GCNConfig = field(default_factory=GCNConfig)
+    first_snapshot: int = 0
+
+
+def load_supernet(config: SupernetConfig, key: str, snapshot: int = -1) -> CellNetwork:
+    """Rebuild a trained supernet from its record, ``snapshot`` counted as in a list.
+
+    Raises NatlibError if the record is not there.
+    """
+    record = RunStore.default().find("supernet", key)
+    if record is None:
+        raise NatlibError(f"there is no supernet record {key}; run the supernet notebook first")
+    network = build_supernet(config)
+    network.load_state_dict(record.load(f"snapshot_{range(config.snapshots)[snapshot]}"))
+    return network
+
+
+def build_policy(config: PolicyConfig) -> Policy:
+    """Build the graph-convolution policy of ``config``, freshly initialised, on the CPU."""
+    transitions = by_name(config.transitions, config.supernet.space.primitives)
+    generator = stream(config.seed, "policy", config.transitions)
+    return Policy(GCNLogits(len(transitions.primitives), config.gcn, generator), transitions)
+
+
+def random_policy(transitions: str, space: SpaceConfig) -> Policy:
+    """The policy that draws every allowed transition with equal probability."""
+    rule = by_name(transitions, space.primitives)
+    return Policy(UniformLogits(len(rule.primitives)), rule)
+
+
+Reward = Callable[[Sequence[Genotype], Sequence[Genotype]], list[float]]
+
+
+def policy_step(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    inputs: Sequence[Genotype],
+    rollouts: int,
+    reward: Reward,
+    baseline: float | None,
+    entropy_weight: float,
+    baseline_decay: float,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """One REINFORCE update; ``reward`` takes inputs and outputs, equally many, gives R of each.
+
+    Returns the mean reward, the mean entropy of an architecture's transitions (nats) and the new
+    baseline: a moving average of the rewards themselves, started at the first mean. Source: NAT,
+    Sec. 4.3, Eqs. 9-10.
+    """
+    repeated = [g for g in inputs for _ in range(rollouts)]
+    rollout = policy.sample(repeated, generator)
+    rewards = torch.tensor(reward(repeated, rollout.genotypes), dtype=torch.float32)
+    mean = float(rewards.mean())
+    baseline = mean if baseline is None else baseline
+    advantage = rewards - baseline
+    gain = (advantage * rollout.log_probability).mean()
+    entropy = rollout.entropy.mean()
+    optimizer.zero_grad(set_to_none=True)
+    (-gain - entropy_weight * entropy).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return {
+        "reward": mean,
+        "entropy": float(entropy.detach()),
+        "baseline": baseline_decay * baseline + (1 - baseline_decay) * mean,
+    }
+
+
+def supernet_reward(network: CellNetwork, images: Tensor, labels: Tensor) -> Reward:
+    """R(alpha | beta) = Acc(alpha, w) - Acc(beta, w) on the given images, without gradients.
+
+    Each distinct genotype is evaluated once. Source: NAT, Sec. 3.1; NAT++, Eq. 1.
+    """
+
+    def reward(before: Sequence[Genotype], after: Sequence[Genotype]) -> list[float]:
+        known: dict[Genotype, float] = {}
+        for g in (*before, *after):
+            if g not in known:
+                known[g] = accuracy(network, images, labels, g)
+        return [known[a] - known[b] for b, a in zip(before, after, strict=True)]
+
+    return reward
+
+
+FATES = ("kept", "skip", "null", "other")
+
+
+@torch.no_grad()
+def transition_probabilities(policy: Policy, genotypes: Sequence[Genotype]) -> dict[str, Any]:
+    """Mean probabilities of transitions over the edges of ``genotypes``.
+
+    Returns ``matrix`` (2, K, K): mean probability of each target by stride and source (0 where no
+    edge has that source), and ``fates``: mean probability that an edge is kept, becomes skip, null,
+    or anything else.
+    """
+    batch = policy.encode(genotypes)
+    p = policy.log_probabilities(batch).exp()[batch.present]
+    source, stride = batch.primitives[batch.present], batch.strides()[batch.present]
+    names = policy.transitions.primitives
+    k = len(names)
+    matrix = torch.zeros(2 * k, k).index_add_(0, stride * k + source, p)
+    count = torch.bincount(stride * k + source, minlength=2 * k)
+    kept = p.gather(1, source[:, None])[:, 0]
+    fates = {"kept": float(kept.mean())}
+    for fate, name in (("skip", "skip_connect"), ("null", "null")):
+        column = names.index(name)
+        fates[fate] = float((p[:, column] * (source != column)).mean())
+    fates["other"] = 1 - sum(fates.values())
+    return {
+        "matrix": (matrix / count.clamp(min=1)[:, None]).view(2, k, k).tolist(),
+        "fates": fates,
+    }
+
+
+def train_policy(run: Run) -> dict[str, Any]:
+    """Train a policy by REINFORCE; body of records of kind "policy".
+
+    The papers alternate epochs of w and theta. Because w is trained on uniformly drawn
+    architectures it does not depend on theta, so training w once, keeping its snapshots, and
+    sending theta through them in order is the same alternation, and one supernet serves every
+    policy. ``first_snapshot`` skips the earliest. Artifact "weights" holds the policy. Source: NAT,
+    Algorithm 1.
+    """
+    config: PolicyConfig = run.config
+    parts = splits(config.supernet.data)
+    policy = build_policy(config)
+    assert isinstance(policy.logits, nn.Module)
+    optimizer = torch.optim.Adam(
+        policy.logits.parameters(),
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    log: dict[str, list[float]] = {"reward": [], "entropy": [], "baseline": []}
+    fates: list[dict[str, float]] = []
+    baseline: float | None = None
+    if state := run.load_checkpoint():
+        policy.logits.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        log, fates, baseline = state["log"], state["fates"], state["baseline"]
+    space = config.supernet.space
+    watch = stream(config.seed, "watched")
+    watched = [space.sample(watch) for _ in range(64)]
+    count = config.supernet.snapshots - config.first_snapshot
+    loaded, network = -1, None
+    for update in range(len(log["reward"]), config.updates):
+        snapshot = config.first_snapshot + update * count // config.updates
+        if network is None or snapshot != loaded:
+            network = load_supernet(config.supernet, config.supernet_key, snapshot)
+            loaded = snapshot
+        if update % max(1, config.updates // 40) == 0:
+            fates.append(transition_probabilities(policy, watched)["fates"])
+        generator = stream(config.seed, "update", update)
+        inputs = [space.sample(generator) for _ in range(config.architectures)]
+        order = torch.randperm(len(parts.search.labels), generator=generator)
+        index = order[: config.reward_images].to(parts.search.labels.device)
+        reward = supernet_reward(
+            network, parts.search.normalised[index], parts.search.labels[index]
+        )
+        step = policy_step(
+            policy,
+            optimizer,
+            inputs,
+            config.rollouts,
+            reward,
+            baseline,
+            config.entropy_weight,
+            config.baseline_decay,
+            generator,
+        )
+        baseline = step["baseline"]
+        for name, values in log.items():
+            values.append(step[name])
+        run.progress(update + 1, config.updates)
+        if run.checkpoint_due():
+            run.save_checkpoint(
+                {
+                    "policy": policy.logits.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "log": log,
+                    "fates": fates,
+                    "baseline": baseline,
+                }
+            )
+    final = transition_probabilities(policy, watched)
+    fates.append(final["fates"])
+    run.save_artifact("weights", policy.logits.state_dict())
+    return {"log": log, "fates": fates, "matrix": final["matrix"]}
+
+
+def load_policy(config: PolicyConfig, key: str) -> Policy:
+    """Rebuild a trained policy from its record; raises NatlibError if it is not there."""
+    record = RunStore.default().find("policy", key)
+    if record is None:
+        raise NatlibError(f"there is no policy record {key}; run the policy notebook first")
+    policy = build_policy(config)
+    assert isinstance(policy.logits, nn.Module)
+    policy.logits.load_state_dict(record.load("weights"))
+    return policy
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What ``derive`` chose: the genotype, its score, and all candidates it looked at.
+
+    ``candidates`` holds (genotype, score) of every distinct one within budget, the input first;
+    ``dropped`` counts those over budget.
+    """
+
+    genotype: Genotype
+    score: float
+    candidates: list[tuple[Genotype, float]]
+    dropped: int
+
+
+def derive(
+    policy: Policy,
+    genotype: Genotype,
+    samples: int,
+    score: Callable[[Genotype], float],
+    macro: MacroConfig,
+    generator: torch.Generator,
+    budget: Cost | None = None,
+) -> Derived:
+    """Sample rewritings, drop those over budget, keep the one with the best validation score.
+
+    The input itself is always a candidate (the published search forgets it), so the result never
+    scores below it. ``budget`` defaults to the input's params and MAdds. Source: NAT, Sec. 4.3 (10
+    samples); the authors' code selects on test data, here ``score`` must use validation data.
+    Raises NatlibError if the input itself is over a given budget and no candidate is within it.
+    """
+    limit = network_cost(genotype, macro) if budget is None else budget
+    with torch.no_grad():
+        sampled = policy.sample([genotype] * samples, generator).genotypes if samples else []
+    distinct = dict.fromkeys([genotype, *sampled])
+    within = [g for g in distinct if network_cost(g, macro).within(limit)]
+    if not within:
+        raise NatlibError(f"none of {len(distinct)} candidates is within the budget {limit}")
+    candidates = [(g, score(g)) for g in within]
+    best, value = max(candidates, key=lambda pair: pair[1])
+    return Derived(best, value, candidates, len(distinct) - len(within))
+
+
+@dataclass(frozen=True)
+class GainConfig:
+    """What policies gain on held-out random architectures, by one supernet.
+
+    ``policies`` are (config, record key) of trained ones; uniform random transitions of each of
+    ``random`` rules are measured beside them. ``genotypes`` inputs are drawn by a stream of their
+    own, with all nodes concatenated and ``nodes`` nodes.
+    """
+
+    supernet: SupernetConfig
+    supernet_key: str
+    policies: tuple[tuple[PolicyConfig, str], ...]
+    random: tuple[str, ...]
+    genotypes: int
+    images: int
+    seed: int
+
+
+def measure_gain(run: Run) -> dict[str, Any]:
+    """Measure supernet accuracy before and after one rewriting; body of records of kind "gain".
+
+    Accuracy (0..1) on ``images`` report images, which no training, reward or selection saw.
+    Returns for the inputs and for each method ("natpp", "natpp argmax", "natpp random", ...) lists
+    over the same architectures: ``accuracy``, ``params``, ``madds``.
+    """
+    config: GainConfig = run.config
+    parts = splits(config.supernet.data)
+    images = parts.report.normalised[: config.images]
+    labels = parts.report.labels[: config.images]
+    network = load_supernet(config.supernet, config.supernet_key)
+    space = SpaceConfig((config.supernet.space.nodes[0],), config.supernet.space.primitives)
+    generator = stream(config.seed, "held out")
+    inputs = [space.sample(generator) for _ in range(config.genotypes)]
+    outputs: dict[str, list[Genotype]] = {"input": inputs}
+    with torch.no_grad():
+        for policy_config, key in config.policies:
+            policy = load_policy(policy_config, key)
+            name = policy_config.transitions
+            outputs[name] = policy.sample(inputs, stream(config.seed, name)).genotypes
+            outputs[f"{name} argmax"] = policy.most_likely(inputs)
+        for name in config.random:
+            policy = random_policy(name, space)
+            draw = stream(config.seed, name, "random")
+            outputs[f"{name} random"] = policy.sample(inputs, draw).genotypes
+    everything = list(dict.fromkeys(g for genotypes in outputs.values() for g in genotypes))
+    values: list[float] = []
+    if state := run.load_checkpoint():
+        values = state["values"]
+    for g in everything[len(values) :]:
+        values.append(accuracy(network, images, labels, g))
+        run.progress(len(values), len(everything))
+        if run.checkpoint_due():
+            run.save_checkpoint({"values": values})
+    known = dict(zip(everything, values, strict=True))
+    result: dict[str, Any] = {}
+    for name, genotypes in outputs.items():
+        costs = [network_cost(g, config.supernet.macro) for g in genotypes]
+        result[name] = {
+            "accuracy": [known[g] for g in genotypes],
+            "params": [c.params for c in costs],
+            "madds": [c.madds for c in costs],
+        }
+    return result
+
+
+@dataclass(frozen=True)
+class DeriveConfig:
+    """Derivation of named genotypes by trained policies, by one supernet."""
+
+    supernet: SupernetConfig
+    supernet_key: str
+    policies: tuple[tuple[PolicyConfig, str], ...]
+    genotypes: tuple[tuple[str, Genotype], ...]
+    samples: int
+    seed: int
+
+
+def derive_many(run: Run) -> dict[str, Any]:
+    """Derive from each genotype with each policy; body of records of kind "derive".
+
+    Candidates are chosen on ``search`` images; accuracies (0..1) of input and choice are reported
+    on ``report`` images. Returns {genotype name: {rule: {...}}}.
+    """
+    config: DeriveConfig = run.config
+    parts = splits(config.supernet.data)
+    network = load_supernet(config.supernet, config.supernet_key)
+    macro = config.supernet.macro
+    total = len(config.genotypes) * len(config.policies)
+    result: dict[str, Any] = {}
+    scores: dict[Genotype, float] = {}
+    reports: dict[Genotype, float] = {}
+
+    def score(g: Genotype) -> float:
+        if g not in scores:
+            scores[g] = accuracy(network, parts.search.normalised, parts.search.labels, g)
+        return scores[g]
+
+    def report(g: Genotype) -> float:
+        if g not in reports:
+            reports[g] = accuracy(network, parts.report.normalised, parts.report.labels, g)
+        return reports[g]
+
+    for name, genotype in config.genotypes:
+        result[name] = {}
+        for policy_config, key in config.policies:
+            rule = policy_config.transitions
+            policy = load_policy(policy_config, key)
+            generator = stream(config.seed, "derive", name, rule)
+            found = derive(policy, genotype, config.samples, score, macro, generator)
+            before, after = network_cost(genotype, macro), network_cost(found.genotype, macro)
+            result[name][rule] = {
+                "genotype": found.genotype.to_json(),
+                "changed": found.genotype != genotype,
+                "before_accuracy": report(genotype),
+                "accuracy": report(found.genotype),
+                "before_params": before.params,
+                "params": after.params,
+                "before_madds": before.madds,
+                "madds": after.madds,
+                "candidates": len(found.candidates),
+                "dropped": found.dropped,
+            }
+            run.progress(sum(len(r) for r in result.values()), total)
+    return result

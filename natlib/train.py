@@ -1,0 +1,265 @@
+"""Data splits for experiments, accuracy, and training a standalone network from scratch."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from natlib import data
+from natlib.cost import network_cost
+from natlib.errors import NatlibError
+from natlib.genotype import Genotype
+from natlib.macro import MacroConfig
+from natlib.network import CellNetwork
+from natlib.records import Run
+
+EVALUATION_BATCH = 125
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def stream(seed: int, *labels: str | int) -> torch.Generator:
+    """Return a generator of its own for one purpose, e.g. ``stream(0, "augment", epoch)``.
+
+    Each (seed, labels) has an independent stream, so a resumed run draws what an uninterrupted
+    one would, without saving generator states.
+    """
+    digest = hashlib.sha256("/".join(map(str, (seed, *labels))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images an experiment sees, as disjoint parts of a data set's training split.
+
+    ``train`` images train weights; ``search`` images give rewards and select candidates;
+    ``report`` images measure what was selected (still validation data); ``test`` images of the
+    test split are for networks trained from scratch only. ``seed`` fixes the split. ``dataset``
+    must be a concrete name, not "auto".
+    """
+
+    dataset: str
+    image_size: int
+    train: int
+    search: int
+    report: int
+    test: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dataset == "auto":
+            raise NatlibError(
+                "dataset 'auto' must be resolved first: natlib.data.load('auto').name"
+            )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the data: ``raw`` uint8 images, and all of it ``normalised``, with labels."""
+
+    raw: Tensor
+    labels: Tensor
+    normalised: Tensor
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The parts of a ``DataConfig`` on the compute device, with what normalised them."""
+
+    train: Part
+    search: Part
+    report: Part
+    test: Part
+    classes: int
+    channels: int
+    mean: Tensor
+    std: Tensor
+    checksum: str
+    source: str
+
+
+@lru_cache(maxsize=2)
+def splits(config: DataConfig) -> Splits:
+    """Load, downsample and split the images; cached, since every step of a notebook needs them.
+
+    Raises NatlibError if the data set cannot be had or is too small for the sizes asked for.
+    """
+    whole = data.load(config.dataset, "train").resized(config.image_size)
+    sizes = {"train": config.train, "search": config.search, "report": config.report}
+    parts = data.partition(whole, sizes, config.seed)
+    test = data.load(config.dataset, "test").resized(config.image_size)
+    parts |= data.partition(test, {"test": config.test}, config.seed)
+    mean, std = data.statistics(parts["train"])
+    where = device()
+
+    def part(images: data.ImageSet) -> Part:
+        normalised = data.normalise(images.images, mean, std)
+        return Part(images.images.to(where), images.labels.to(where), normalised.to(where))
+
+    digest = hashlib.sha256("".join(parts[p].checksum for p in sorted(parts)).encode())
+    return Splits(
+        **{name: part(images) for name, images in parts.items()},
+        classes=len(whole.classes),
+        channels=whole.images.shape[1],
+        mean=mean,
+        std=std,
+        checksum=digest.hexdigest(),
+        source=whole.source,
+    )
+
+
+def macro_for(config: DataConfig, channels: int, cells: int) -> MacroConfig:
+    """The DARTS-style macro architecture that fits the images of ``config``."""
+    parts = splits(config)
+    return MacroConfig(channels, cells, parts.classes, config.image_size, parts.channels)
+
+
+@torch.no_grad()
+def accuracy(
+    network: CellNetwork,
+    images: Tensor,
+    labels: Tensor,
+    genotype: Genotype | None = None,
+    batch: int = EVALUATION_BATCH,
+) -> float:
+    """Share of images classified right, from 0 to 1, in batches of ``batch`` in the given order.
+
+    ``images`` normalised (N, C, H, W), ``labels`` (N,). A supernet normalises with each batch's
+    own statistics, so its accuracy depends on the order and the batch size: both are fixed.
+    """
+    if len(images) == 0:
+        raise NatlibError("accuracy over no images is undefined")
+    right = 0
+    for start in range(0, len(labels), batch):
+        x, y = images[start : start + batch], labels[start : start + batch]
+        right += int((network(x, genotype).argmax(1) == y).sum())
+    return right / len(labels)
+
+
+def cosine(step: int, steps: int, first: float, last: float) -> float:
+    """Learning rate at ``step`` of ``steps`` on a half cosine from ``first`` to ``last``."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training a standalone network from scratch.
+
+    SGD with momentum on cross entropy, cosine learning rate from ``lr`` to ``lr_last``, random
+    crops (an eighth of the side) and flips, ``cutout`` pixels, gradient norm clipped to ``clip``.
+    """
+
+    data: DataConfig
+    macro: MacroConfig
+    genotype: Genotype
+    seed: int
+    epochs: int
+    batch: int = 96
+    lr: float = 0.025
+    lr_last: float = 0.001
+    momentum: float = 0.9
+    weight_decay: float = 3e-4
+    clip: float = 5.0
+    cutout: int = 0
+
+
+def augmented(
+    part: Part, index: Tensor, parts: Splits, generator: torch.Generator, cutout: int = 0
+) -> Tensor:
+    """Return a normalised, augmented batch (crop by an eighth of the side, flip, cutout)."""
+    raw = part.raw[index]
+    x = data.augment(raw, generator, pad=raw.shape[-1] // 8)
+    x = data.normalise(x, parts.mean, parts.std)
+    if cutout:
+        x = data.augment(x, generator, pad=0, flip=False, cutout=cutout)
+    return x
+
+
+def sgd(network: CellNetwork, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """Return the optimizer of both papers for a network's weights; the caller sets the rate."""
+    return torch.optim.SGD(
+        network.parameters(), lr=0.0, momentum=momentum, weight_decay=weight_decay
+    )
+
+
+def sgd_step(
+    network: CellNetwork,
+    optimizer: torch.optim.SGD,
+    loss: Tensor,
+    lr: float,
+    clip: float,
+) -> None:
+    """Backward, clip, step."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_([p for p in network.parameters() if p.grad is not None], clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
+def train_standalone(run: Run) -> dict[str, Any]:
+    """Train a ``TrainConfig`` from scratch; body of records of kind "train".
+
+    Returns accuracies in 0..1: ``report_accuracy`` (validation) and ``test_accuracy``, the loss of
+    each epoch, params and MAdds. The trained weights are the artifact "weights".
+    """
+    config: TrainConfig = run.config
+    parts = splits(config.data)
+    where = device()
+    network = CellNetwork(
+        config.macro, genotype=config.genotype, generator=stream(config.seed, "weights")
+    ).to(where)
+    optimizer = sgd(network, config.momentum, config.weight_decay)
+    losses: list[float] = []
+    if state := run.load_checkpoint():
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses = state["losses"]
+    size = len(parts.train.labels)
+    steps = size // config.batch
+    for epoch in range(len(losses), config.epochs):
+        generator = stream(config.seed, "epoch", epoch)
+        network.train()
+        total = torch.zeros((), device=where)
+        for i, index in enumerate(data.index_batches(size, config.batch, generator)):
+            index = index.to(where)
+            x = augmented(parts.train, index, parts, generator, config.cutout)
+            loss = F.cross_entropy(network(x), parts.train.labels[index])
+            lr = cosine(epoch * steps + i, config.epochs * steps, config.lr, config.lr_last)
+            sgd_step(network, optimizer, loss, lr, config.clip)
+            total += loss.detach()
+            run.progress(epoch * steps + i + 1, config.epochs * steps)
+        losses.append(float(total) / steps)
+        if not math.isfinite(losses[-1]):
+            raise NatlibError(
+                f"training diverged in epoch {epoch + 1}; try a lower lr than {config.lr}"
+            )
+        if run.checkpoint_due() and epoch + 1 < config.epochs:
+            run.save_checkpoint(
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "losses": losses,
+                }
+            )
+    network.eval()
+    run.save_artifact("weights", network.state_dict())
+    cost = network_cost(config.genotype, config.macro)
+    return {
+        "report_accuracy": accuracy(network, parts.report.normalised, parts.report.labels),
+        "test_accuracy": accuracy(network, parts.test.normalised, parts.test.labels),
+        "losses": losses,
+        "params": cost.params,
+        "madds": cost.madds,
+    }
