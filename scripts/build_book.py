@@ -145,8 +145,8 @@ def check_pages(html: Path) -> list[str]:
     return faults
 
 
-def build(book: Path) -> Path:
-    """Build and check the pages, put them at book/_build/html and return the front page."""
+def build(book: Path) -> None:
+    """Build and check the pages, then put them at book/_build/html."""
     for path in pages(book):
         if path.suffix == ".ipynb":
             check_executed(path)
@@ -161,7 +161,8 @@ def build(book: Path) -> Path:
             env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"},
         )  # fmt: skip
         if done.returncode != 0:
-            raise NatlibError(f"the book does not build:\n{done.stdout}{done.stderr}".rstrip())
+            said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr.strip() or done.stdout)
+            raise NatlibError(f"the book does not build:\n{said}")
         built = work / "_build" / "html"
         if faults := check_pages(built):
             raise NatlibError("the built pages have faults:\n" + "\n".join(sorted(faults)))
@@ -171,14 +172,13 @@ def build(book: Path) -> Path:
         built.rename(html)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return html / "index.html"
 
 
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--book", type=Path, default=Path("book"), help="default: book")
-    print(f"The book is at {build(parser.parse_args().book)}")
+    build(parser.parse_args().book)
     return 0
 
 
