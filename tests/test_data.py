@@ -190,6 +190,21 @@ def test_natlib_data_comes_before_data(
         load("cifar10")
 
 
+def test_a_copy_elsewhere_is_verified_even_if_its_size_and_time_are_known(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_packed(home, monkeypatch)
+    load("cifar10")
+    shutil.copytree(home / "cifar10-lossless", tmp_path / "copy" / "cifar10-lossless")
+    file = tmp_path / "copy" / "cifar10-lossless" / "train.npz"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    damage(file, "altered")
+    os.utime(file, ns=times)
+    monkeypatch.setenv("NATLIB_DATA", str(tmp_path / "copy"))
+    with pytest.raises(NatlibError, match=r"copy/cifar10-lossless/train.npz is truncated or alt"):
+        load("cifar10")
+
+
 def test_what_is_not_offered_is_refused_with_what_is() -> None:
     with pytest.raises(NatlibError, match=r"'cifar'.*'auto', 'cifar10', 'cifar100', 'fashion_m"):
         load("cifar")
