@@ -260,20 +260,32 @@ class Table:
     formats: Mapping[str, str] | None = None
     stacked: bool = False
 
-    def _cell(self, column: str, value: Any) -> str:
+    def _format(self, column: str) -> str:
+        """Return the format of a column's numbers: as many decimals as the column needs."""
+        if self.formats and column in self.formats:
+            return self.formats[column]
+        numbers = [v for v in self.frame[column] if not isinstance(v, str) and pd.notna(v)]
+        for digits in range(4):
+            if all(abs(v - round(v, digits)) < 1e-9 for v in numbers):
+                return f",.{digits}f"
+        return ".4g"
+
+    def _cell(self, value: Any, form: str) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return "–"
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
-        if isinstance(value, int | float | np.number):
-            spec = (self.formats or {}).get(column)
-            return format(value, spec or ("," if isinstance(value, int | np.integer) else ".4g"))
-        return escape(str(value))
+        return (
+            format(value, form)
+            if isinstance(value, int | float | np.number)
+            else escape(str(value))
+        )
 
     def _repr_html_(self) -> str:
         columns = [str(c) for c in self.frame.columns]
         numeric = [pd.api.types.is_numeric_dtype(d) for d in self.frame.dtypes]
         marks = [' class="number"' if n else "" for n in numeric]
+        forms = [self._format(c) if n else ".4g" for c, n in zip(columns, numeric, strict=True)]
         head = "".join(
             f'<th scope="col"{mark}>{escape(c)}</th>'
             for c, mark in zip(columns, marks, strict=True)
@@ -281,8 +293,8 @@ class Table:
         body = []
         for row in self.frame.itertuples(index=False, name=None):
             cells = []
-            for c, mark, v in zip(columns, marks, row, strict=True):
-                text = self._cell(c, v)
+            for c, mark, form, v in zip(columns, marks, forms, row, strict=True):
+                text = self._cell(v, form)
                 if isinstance(v, str) and v in VERDICTS:
                     mark, text = f' class="{VERDICTS[v][0]}"', f"{VERDICTS[v][1]} {text}"
                 if c == "notebook":

@@ -150,8 +150,8 @@ def build(book: Path) -> None:
     for path in pages(book):
         if path.suffix == ".ipynb":
             check_executed(path)
-    work = book / "_build" / f"new-{os.getpid()}"
-    shutil.rmtree(work, ignore_errors=True)
+    work = book / "_build" / "new"
+    shutil.rmtree(work, ignore_errors=True)  # what a killed build left
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
     options = ["--path-output", str(work), "-W", "-n", "--keep-going", "-q"]
     try:

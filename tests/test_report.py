@@ -280,6 +280,15 @@ def test_table_escapes_formats_and_scrolls() -> None:
     assert cells == ["&lt;b&gt;", "1.23", "12,345", "–"]
 
 
+def test_numbers_of_a_column_have_equal_decimals() -> None:
+    frame = pd.DataFrame(
+        {"a": [95.4, 93.21], "b": [1 / 3, 2.0], "c": [1.0, 2000.0], "d": [True, False]}
+    )
+    html = report.Table(frame)._repr_html_()
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", html)
+    assert cells == ["95.40", "0.3333", "1", "yes", "93.21", "2", "2,000", "no"]
+
+
 def test_published_numbers_are_all_read() -> None:
     frame = report.load_reported()
     nat = frame[(frame.table == "Table 2 (NAS-based)") & (frame.architecture == "DARTS")]
