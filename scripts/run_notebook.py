@@ -41,6 +41,7 @@ from nbclient.util import run_sync
 from papermill.exceptions import PapermillExecutionError
 
 from natlib import NatlibError
+from natlib.files import locked
 
 TYPES: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, tuple, dict)}
 
@@ -224,8 +225,10 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], progress: Pr
                 run_sync(kernel.shutdown_kernel)(now=True)
 
 
-def describe(error: PapermillExecutionError) -> str:
+def describe(error: PapermillExecutionError | DeadKernelError) -> str:
     """Return what a user needs of a failure: a NatlibError's message, else cell and traceback."""
+    if isinstance(error, DeadKernelError):
+        return "the kernel ended (killed, or out of memory?); the same command goes on"
     if error.ename == "NatlibError":
         return str(error.evalue)
     traceback = "\n".join(error.traceback)
@@ -258,6 +261,45 @@ def end_with_make() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+def run(name: str, target: Path, parameters: dict[str, Any], expected: float) -> int:
+    """Run notebook ``name`` into ``target``, showing progress; return the exit status."""
+    path = Path("notebooks") / f"{name}.ipynb"
+    source = read_notebook(path)
+    check_parameters(source, parameters, name)
+    work = STATE / "executing" / target.stem
+    with locked(work):  # a second run of the same notebook waits
+        partial, report, manifest = (work / n for n in ("partial.ipynb", "progress", "manifest"))
+        for file in (partial, report, manifest):
+            file.unlink(missing_ok=True)
+        os.environ["NATLIB_PROGRESS"] = str(report.resolve())
+        os.environ["NATLIB_MANIFEST"] = str(manifest.resolve())
+        progress = Progress(target.stem, len(source.cells) + 1, expected, report)
+        try:
+            with progress:
+                execute(path, partial, parameters, progress)
+        except KeyboardInterrupt:
+            progress.show("stopped; type the same command again to go on")
+            return 130
+        except (PapermillExecutionError, DeadKernelError) as error:
+            progress.show(f"failed after {clock(time.time() - progress.started)}")
+            failed = RUNS / "failed" / target.name
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(partial, failed)
+            print(f"error: {name}: {describe(error)}", file=sys.stderr)
+            print(f"(executed so far: {failed})", file=sys.stderr)
+            return 1
+        seconds = time.time() - progress.started
+        about = {"scale": parameters["scale"], "dataset": parameters["dataset"]}
+        finish(partial, target, source, {**about, "seconds": round(seconds, 1)})
+        if target.parent == EXECUTED:
+            lines = manifest.read_text().splitlines() if manifest.exists() else []
+            used = list({line: json.loads(line) for line in lines}.values())
+            text = json.dumps(used, indent=1) + "\n"
+            write_text(RUNS / "manifests" / parameters["scale"] / f"{name}.json", text)
+    progress.show(f"done in {clock(seconds)}")
+    return 0
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -272,55 +314,17 @@ def main() -> int:
 
     name, scale = arguments.name, arguments.scale
     experiments = read_experiments()
-    given = {"scale": scale, "dataset": arguments.dataset or chosen_dataset()["name"]}
-    parameters = {**given, "workers": arguments.workers, **parameters_at(experiments, name, scale)}
+    parameters = {
+        "scale": scale,
+        "dataset": arguments.dataset or chosen_dataset()["name"],
+        "workers": arguments.workers,
+        **parameters_at(experiments, name, scale),
+    }
     for assignment in arguments.set:
         parameter, _, value = assignment.partition("=")
         parameters[parameter] = yaml.safe_load(value)
-    path = Path("notebooks") / f"{name}.ipynb"
-    source = read_notebook(path)
-    check_parameters(source, parameters, name)
-
     target = arguments.output or EXECUTED / f"{name}.ipynb"
-    partial = STATE / "executing" / target.name
-    report = STATE / "executing" / f"{target.stem}.progress"
-    manifest = STATE / "executing" / f"{target.stem}.manifest"
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for file in (partial, report, manifest):
-        file.unlink(missing_ok=True)
-    os.environ["NATLIB_PROGRESS"] = str(report.resolve())
-    os.environ["NATLIB_MANIFEST"] = str(manifest.resolve())
-    expected = 60 * experiments[name].minutes.get(scale, 0)
-    progress = Progress(target.stem, len(source.cells) + 1, expected, report)
-    try:
-        with progress:
-            execute(path, partial, parameters, progress)
-    except KeyboardInterrupt:
-        progress.show("stopped; type the same command again to go on")
-        return 130
-    except (PapermillExecutionError, DeadKernelError) as error:
-        progress.show(f"failed after {clock(time.time() - progress.started)}")
-        failed = RUNS / "failed" / target.name
-        failed.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(partial, failed)
-        if isinstance(error, PapermillExecutionError):
-            what = describe(error)
-        else:
-            what = "the kernel ended (killed, or out of memory?); type the same command to go on"
-        print(f"error: {name}: {what}\n(executed so far: {failed})", file=sys.stderr)
-        return 1
-    seconds = time.time() - progress.started
-    finish(partial, target, source, {**given, "seconds": round(seconds, 1)})
-    if target.parent == EXECUTED:
-        used = (
-            [json.loads(line) for line in manifest.read_text().splitlines()]
-            if manifest.exists()
-            else []
-        )
-        unique = list({entry["key"]: entry for entry in used}.values())
-        write_text(RUNS / "manifests" / scale / f"{name}.json", json.dumps(unique, indent=1) + "\n")
-    progress.show(f"done in {clock(seconds)}")
-    return 0
+    return run(name, target, parameters, 60 * experiments[name].minutes.get(scale, 0))
 
 
 if __name__ == "__main__":
