@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 from natlib.errors import NatlibError
@@ -114,7 +115,7 @@ class Cell:
         over all relabellings of the intermediate nodes is hashed.
         """
         edges = [e for e in self.edges if e.primitive != "null" and e.target in self.live]
-        kept = sorted({e.target for e in edges} | set(self.concat))
+        kept = sorted(n for n in self.live if n >= INPUTS)
 
         # Colours first: only nodes that look alike from above and below may change places.
         down: dict[int, str] = {0: "in0", 1: "in1"}
@@ -232,15 +233,20 @@ def parse(text: str) -> Genotype:
     executed. Raises NatlibError with the place of the fault.
     """
     try:
-        return Genotype.from_json(json.loads(text))
-    except json.JSONDecodeError as json_error:
-        try:
-            tree = ast.parse(text.strip(), mode="eval").body
-        except SyntaxError:
-            raise NatlibError(
-                f"neither JSON ({json_error.msg}, line {json_error.lineno}) "
-                "nor a Genotype(...) literal"
-            ) from None
+        value = json.loads(text)
+    except json.JSONDecodeError as e:
+        return Genotype.from_json(_literal_fields(text.strip(), f"{e.msg}, line {e.lineno}"))
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise NatlibError(f"the genotype's JSON cannot be read: {error}") from None
+    return Genotype.from_json(value)
+
+
+def _literal_fields(text: str, not_json: str) -> dict[str, Any]:
+    """Read the keywords of a ``Genotype(...)`` literal; ``not_json`` says why it is no JSON."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise NatlibError(f"neither JSON ({not_json}) nor a Genotype(...) literal") from None
     if not (
         isinstance(tree, ast.Call)
         and isinstance(tree.func, ast.Name)
@@ -248,22 +254,45 @@ def parse(text: str) -> Genotype:
         and not tree.args
     ):
         raise NatlibError("a Python genotype must read Genotype(normal=[...], ...)")
-    fields = {str(k.arg): _literal(k.value) for k in tree.keywords}
+    fields = {str(k.arg): _literal(k.value, text) for k in tree.keywords}
     for name in ("normal", "reduce"):
         if isinstance(fields.get(name), list):
             fields[name] = _with_targets(fields[name])
-    return Genotype.from_json(fields)
+    return fields
 
 
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range":
-        return list(range(*(_literal(a) for a in node.args)))
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_literal(item) for item in node.elts]
+def read(path: Path) -> Genotype:
+    """Read a genotype from a file that ``parse`` understands.
+
+    Raises NatlibError if there is no such file or its content is no genotype, naming the file.
+    """
     try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise NatlibError(f"{ast.unparse(node)!r} is not a plain value") from None
+        return parse(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise NatlibError(f"there is no file {path}") from None
+    except NatlibError as error:
+        raise NatlibError(f"{path}: {error}") from None
+
+
+def _literal(node: ast.expr, text: str) -> Any:
+    """Return the value of a string, a number, ``range(a, b)``, or a list of them."""
+    match node:
+        case ast.List() | ast.Tuple():
+            return [_literal(item, text) for item in node.elts]
+        case ast.Constant():
+            return node.value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+            return -number
+        case ast.Call(
+            func=ast.Name(id="range"),
+            args=[ast.Constant(value=int(first)), ast.Constant(value=int(last))],
+            keywords=[],
+        ) if last - first <= 1000:
+            return list(range(first, last))
+    source = str(ast.get_source_segment(text, node))
+    raise NatlibError(
+        f"{source[:60]!r} is not a plain value; allowed are strings, numbers, lists and range(a, b)"
+    )
 
 
 def _with_targets(edges: list[Any]) -> list[Any]:

@@ -128,7 +128,7 @@ class CellNetwork(nn.Module):
     weights can be copied in and give the same logits.
 
     Input (B, image_channels, H, W) float, output (B, classes). Weights are drawn from
-    ``generator`` (uniform Kaiming as PyTorch's layers), never from the global one. ``device``
+    ``generator``, or from one of seed 0 (uniform Kaiming as PyTorch's layers). ``device``
     "meta" builds without memory. Input layers and classifier of a supernet hold columns for each
     of ``nodes`` nodes; a genotype's concat picks among them.
     """
@@ -147,6 +147,10 @@ class CellNetwork(nn.Module):
         super().__init__()
         if (genotype is None) == (nodes is None) or (nodes is None) != (primitives is None):
             raise NatlibError("give either a genotype, or nodes and primitives of a supernet")
+        if genotype is None and not (nodes and nodes > 0 and primitives):
+            raise NatlibError(
+                f"{nodes} nodes and primitives {primitives}: a supernet needs one or more of each"
+            )
         self.macro, self.genotype, self.nodes = macro, genotype, nodes
         self.shared = genotype is None if shared is None else shared
         edges: dict[str, Sequence[Edge]]
@@ -181,7 +185,8 @@ class CellNetwork(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None) -> None:
-        """Draw all weights anew, in the modules' order."""
+        """Draw all weights anew, in the modules' order, from a generator of seed 0 if None."""
+        generator = generator or torch.Generator().manual_seed(0)
         for module in self.modules():
             if isinstance(module, BatchNorm):
                 module.reset()
@@ -203,12 +208,7 @@ class CellNetwork(nn.Module):
         run = genotype if genotype is not None else self.genotype
         if run is None:
             raise NatlibError("a supernet needs a genotype to run")
-        if self.nodes is not None:
-            for name, cell in run.cells:
-                if cell.nodes > self.nodes:
-                    raise NatlibError(
-                        f"the {name} cell has {cell.nodes} nodes; this supernet has {self.nodes}"
-                    )
+        self._require_nodes(run)
         x = self.stem_bn(self.stem(images))
         relus = (F.relu(x),) * 2
         columns: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -221,6 +221,14 @@ class CellNetwork(nn.Module):
         pooled = x.mean((2, 3))
         return F.linear(pooled, pick(self.classifier.weight, columns[1]), self.classifier.bias)
 
+    def _require_nodes(self, genotype: Genotype) -> None:
+        """Refuse a genotype with more nodes than this supernet has."""
+        for name, cell in genotype.cells:
+            if self.nodes is not None and cell.nodes > self.nodes:
+                raise NatlibError(
+                    f"the {name} cell has {cell.nodes} nodes; this supernet has {self.nodes}"
+                )
+
     def _columns(self, cell: Cell, channels: int, device: torch.device) -> Tensor | None:
         """Input channels that a concat fills in the layers behind it; None if it fills all."""
         if self.nodes is None or cell.concat == tuple(range(INPUTS, INPUTS + self.nodes)):
@@ -232,7 +240,8 @@ class CellNetwork(nn.Module):
     def copy_from(self, supernet: CellNetwork) -> None:
         """Copy a supernet's weights into this standalone network (built with ``shared=True``).
 
-        Raises NatlibError unless this is a shared standalone network of the supernet's macro.
+        Raises NatlibError unless this is a shared standalone network of the supernet's macro, with
+        nodes and primitives that the supernet has.
         """
         run = self.genotype
         if run is None or not self.shared or supernet.nodes is None:
@@ -241,6 +250,7 @@ class CellNetwork(nn.Module):
             )
         if self.macro != supernet.macro:
             raise NatlibError(f"macro {self.macro} is not the supernet's {supernet.macro}")
+        supernet._require_nodes(run)
         source = dict(supernet.named_parameters())
         columns: list[Tensor | None] = [None, None]
         for place in self.macro.positions():
@@ -253,6 +263,8 @@ class CellNetwork(nn.Module):
                 pieces = parts[3].split("_")
                 if pieces[-1].isdigit():
                     parts[3] = "_".join(pieces[:-1])
+                if ".".join(parts) not in source:
+                    raise NatlibError(f"the supernet has no weights for edge {parts[3]}")
                 weight.copy_(source[".".join(parts)])
             elif parts[0] == "cells" and parts[2] == "inputs":
                 weight.copy_(pick(source[name], columns[int(parts[1]) + int(parts[3])]))

@@ -174,7 +174,7 @@ class GCNLogits(nn.Module):
     """Two graph convolutions over a cell, then K logits for each incoming edge of a node.
 
     Z = A relu(A X W0) W1 W_fc (NAT, Eq. 8), X from the embeddings of the incoming primitives, of
-    the inputs, and of the cell's type. Weights are drawn from ``generator``.
+    the inputs, and of the cell's type. Weights are drawn from ``generator``, or from one of seed 0.
     """
 
     def __init__(
@@ -192,6 +192,7 @@ class GCNLogits(nn.Module):
             self.second = nn.Linear(config.hidden, config.hidden, bias=False)
             self.head = nn.Linear(config.hidden, d * primitives)
         self.to_empty(device="cpu")
+        generator = generator or torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, weight in self.named_parameters():
                 if name.startswith(("edge", "input", "kind")):
@@ -210,7 +211,7 @@ class GCNLogits(nn.Module):
         b, n, d = batch.primitives.shape
         flat = torch.arange(INPUTS, INPUTS + n, device=batch.sources.device)
         target = flat[:, None].expand(n, d).reshape(-1).expand(b, -1)
-        a = torch.zeros(b, n + INPUTS, n + INPUTS, device=batch.sources.device)
+        a = self.head.weight.new_zeros(b, n + INPUTS, n + INPUTS)
         rows = torch.arange(b, device=a.device)[:, None].expand_as(target)
         a.index_put_(
             (rows, target, batch.sources.reshape(b, -1)),
@@ -219,7 +220,7 @@ class GCNLogits(nn.Module):
         )
         if self.config.graph == "released":
             return a
-        a = (a + a.transpose(1, 2)).clamp(max=1) + torch.eye(n + INPUTS, device=a.device)
+        a = (a + a.transpose(1, 2)).clamp(max=1) + torch.eye(n + INPUTS).to(a)
         scale = a.sum(2).rsqrt()
         return a * scale[:, :, None] * scale[:, None, :]
 
