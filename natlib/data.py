@@ -321,7 +321,7 @@ def partition(images: ImageSet, sizes: Mapping[str, int], seed: int) -> dict[str
     labels = images.labels[shuffled]
     for label in range(len(images.classes)):
         own = (labels == label).nonzero()[:, 0]
-        position[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / max(len(own), 1)
+        position[own] = (torch.arange(len(own), dtype=torch.float64) + 0.5) / len(own)
     order = shuffled[position.argsort(stable=True)]
     pieces = torch.split(order[: sum(sizes.values())], list(sizes.values()))
     return {part: images.subset(piece) for part, piece in zip(sizes, pieces, strict=True)}

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets as published
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -327,7 +327,7 @@ def test_processes_that_load_at_once_decode_once_and_agree(
 ) -> None:
     make_packed(home, monkeypatch)
     script = f"""
-import sys
+import sys, time
 from pathlib import Path
 from natlib import data, formats
 formats._SHA256.update({formats._SHA256!r})
@@ -335,8 +335,10 @@ data._DATA = Path({str(home)!r})
 read = data.read
 def counted(*arguments):
     print("decoded")
+    time.sleep(1)
     return read(*arguments)
 data.read = counted
+print("ready", flush=True)
 sys.stdin.read(1)
 print(data.load("cifar10").checksum)
 """
@@ -350,6 +352,8 @@ print(data.load("cifar10").checksum)
         )
         for _ in range(2)
     ]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
     for process in processes:
         assert process.stdin
         process.stdin.write("g")
@@ -472,6 +476,16 @@ def test_a_download_goes_on_while_enough_comes(
     monkeypatch.setattr(download, "_PROGRESS", 1 << 20)
     with pytest.raises(download._Failed, match="too slow"):
         download._watch(command, tmp_path, 0.5)
+
+
+@pytest.mark.parametrize("before", ["true", "printf %1000s x > file"])
+def test_a_program_that_is_given_up_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    monkeypatch.setattr(download, "_PROGRESS", 500)
+    with pytest.raises(download._Failed, match="too slow"):
+        download._watch(["sh", "-c", f"{before}; sleep 10; touch finished"], tmp_path, 0.5)
+    assert not (tmp_path / "finished").exists()
 
 
 def test_an_interrupted_download_leaves_nothing(
@@ -642,6 +656,8 @@ def test_a_size_that_does_not_divide_is_refused(size: int) -> None:
     st.lists(st.floats(0.05, 1), min_size=1, max_size=4),
     st.integers(0, 2**40),
 )
+@example(labels=[0] * 60 + [1] * 9 + [2] * 3, shares=[0.5, 0.9], seed=0)
+@example(labels=[0] * 5 + [2] * 60, shares=[1.0], seed=0)
 @settings(deadline=None, max_examples=60)
 def test_parts_are_disjoint_and_hold_every_class_in_proportion(
     labels: list[int], shares: list[float], seed: int
@@ -825,6 +841,17 @@ def test_shifts_and_flips_are_uniform() -> None:
     counts = (out == 1).sum(0)[0, 1:4, 1:4]
     assert int(counts.sum()) == 9000
     assert float((counts - 1000).abs().max()) < 4 * 1000**0.5
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_images_on_another_device_stay_there(memory_format: torch.memory_format) -> None:
+    images = torch.empty(4, 3, 8, 8, dtype=torch.uint8, device="meta")
+    images = images.contiguous(memory_format=memory_format)
+    out = augment(images, torch.Generator(), cutout=2)
+    normal = normalise(out, torch.zeros(3), torch.ones(3))
+    for result in (out, normal):
+        assert result.device.type == "meta" and result.shape == (4, 3, 8, 8)
+    assert out.is_contiguous(memory_format=memory_format)
 
 
 def test_a_batch_that_cannot_be_augmented_is_refused() -> None:
