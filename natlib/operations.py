@@ -7,6 +7,8 @@ that leave the node. Tensors are (B, C, H, W), channels-last in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +94,7 @@ class DilatedDepthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         if self.stride == 2:
-            phases = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-            return F.conv2d(phases, self.weight, None, 1, self.pad, 1, c)
+            return F.conv2d(phase(x, 0), self.weight, None, 1, self.pad, 1, c)
         if h % 2 or w % 2:
             return F.conv2d(x, self.weight, None, 1, 2 * self.pad, 2, c)
         # (b, h/2, 2, w/2, 2, c) -> (b, 2, 2, h/2, w/2, c): phases become batch entries.
@@ -102,6 +103,28 @@ class DilatedDepthwise(nn.Module):
         y = F.conv2d(phases.permute(0, 3, 1, 2), self.weight, None, 1, self.pad, 1, c)
         nhwc = y.permute(0, 2, 3, 1).reshape(b, 2, 2, h // 2, w // 2, c)
         return nhwc.permute(0, 3, 1, 4, 2, 5).reshape(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class _Phase(torch.autograd.Function):
+    """``x[:, :, start::2, start::2]``, dense, with one zero-filled gradient instead of two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: int) -> Tensor:
+        ctx.like, ctx.start = x.shape, start
+        return x[:, :, start::2, start::2].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        b, c, h, w = ctx.like
+        out = grads[0].new_zeros((b, h, w, c)).permute(0, 3, 1, 2)
+        out[:, :, ctx.start :: 2, ctx.start :: 2] = grads[0]
+        return out, None
+
+
+def phase(x: Tensor, start: int) -> Tensor:
+    """Every second pixel of each axis, from ``start`` (0 or 1) on, dense in channels-last."""
+    apply: Callable[..., Tensor] = _Phase.apply
+    return apply(x, start)
 
 
 class ConvBN(nn.Module):
@@ -132,15 +155,11 @@ class FactorizedReduction(nn.Module):
         self.bn = BatchNorm(outputs, shared)
 
     def forward(self, relu: Tensor, columns: Tensor | None = None) -> Tensor:
-        shifted = F.pad(relu[:, :, 1::2, 1::2], (0, relu.shape[3] % 2, 0, relu.shape[2] % 2))
         halves = [
-            F.conv2d(part.contiguous(memory_format=torch.channels_last), pick(weight, columns))
-            for part, weight in (
-                (relu[:, :, ::2, ::2], self.even.weight),
-                (shifted, self.odd.weight),
-            )
+            F.conv2d(phase(relu, 0), pick(self.even.weight, columns)),
+            F.conv2d(phase(relu, 1), pick(self.odd.weight, columns)),
         ]
-        out: Tensor = self.bn(torch.cat(halves, 1))
+        out: Tensor = self.bn(cat(halves))
         return out
 
 
@@ -165,9 +184,11 @@ class Pool(nn.Module):
                 x = F.pad(x, (0, 1, 0, 1), mode="replicate")
             pad = 0
         if self.maximum:
-            y = F.max_pool2d(x, k, self.stride, pad)
+            y = F.max_pool2d(x, k, self.stride, pad) if k == 2 else max_pool(x, k, self.stride)
+        elif k == 2:
+            y = F.avg_pool2d(x, k, self.stride, pad)
         else:
-            y = F.avg_pool2d(x, k, self.stride, pad, count_include_pad=False)
+            y = average_pool(x, k, self.stride)
         out: Tensor = self.bn(y)
         return out
 
@@ -203,6 +224,53 @@ def takes_relu(p: Primitive) -> bool:
     return p.kind not in ("max_pool", "avg_pool", "null")
 
 
+def average_pool(x: Tensor, k: int, stride: int) -> Tensor:
+    """Average over the pixels that lie inside the image, as a depthwise convolution.
+
+    Equal to ``avg_pool2d(x, k, stride, k // 2, count_include_pad=False)``; several times faster on
+    a CPU in channels-last memory.
+    """
+    c, pad = x.shape[1], k // 2
+    weight, share = _average_weights(c, k, x.shape[2], x.shape[3], stride, x.dtype, x.device)
+    return F.conv2d(x, weight, None, stride, pad, 1, c) * share
+
+
+@lru_cache(maxsize=128)
+def _average_weights(
+    c: int, k: int, h: int, w: int, stride: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Weights of a depthwise sum, and one over the number of pixels that each place sums."""
+    one = torch.ones(1, 1, k, k, dtype=dtype, device=device)
+    count = F.conv2d(one.new_ones(1, 1, h, w), one, None, stride, k // 2)
+    weight = one.expand(c, 1, k, k).contiguous(memory_format=torch.channels_last)
+    return weight, 1 / count
+
+
+def max_pool(x: Tensor, k: int, stride: int) -> Tensor:
+    """Maximum over k x k pixels around each place, equal to ``max_pool2d(x, k, stride, k // 2)``.
+
+    Without gradients on a CPU it is taken along one axis at a time, which is several times faster
+    than the built-in in channels-last memory.
+    """
+    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+        return F.max_pool2d(x, k, stride, k // 2)
+    nhwc = x.permute(0, 2, 3, 1)
+    for axis in (1, 2):
+        nhwc = _running_max(nhwc, k // 2, axis)
+    return nhwc[:, ::stride, ::stride].permute(0, 3, 1, 2)
+
+
+def _running_max(x: Tensor, reach: int, axis: int) -> Tensor:
+    """Maximum over ``reach`` neighbours on either side along an axis, cut off at the border."""
+    size = x.shape[axis]
+    out = x.clone()
+    for shift in range(1, min(reach, size - 1) + 1):
+        for start, other in ((0, shift), (shift, 0)):
+            part = out.narrow(axis, start, size - shift)
+            torch.maximum(part, x.narrow(axis, other, size - shift), out=part)
+    return out
+
+
 class DenseCat(torch.autograd.Function):
     """Concatenation along channels whose backward hands out dense channels-last gradients.
 
@@ -211,13 +279,13 @@ class DenseCat(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, *parts: Tensor) -> Tensor:
-        ctx.sizes = [p.shape[1] for p in parts]  # type: ignore[attr-defined]
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        ctx.sizes = [p.shape[1] for p in parts]
         return torch.cat(parts, 1)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
-        pieces = torch.split(grads[0], ctx.sizes, 1)  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        pieces = torch.split(grads[0], ctx.sizes, 1)
         return tuple(p.contiguous(memory_format=torch.channels_last) for p in pieces)
 
 

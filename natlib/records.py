@@ -526,7 +526,7 @@ def _provenance(body: Body, run: Run, started: datetime) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
         **_git_state(),
         "started": started.isoformat(),
@@ -553,7 +553,7 @@ def _git_state() -> dict[str, Any]:
 
 
 @cache
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """Return the processor's name."""
     with contextlib.suppress(OSError):
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import seaborn
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
@@ -46,12 +47,37 @@ from natlib.primitives import Cost, primitive
 from natlib.records import Record
 
 __all__ = [
-    "Chart", "Claim", "Interval", "Measured", "RankCorrelation", "Table", "cell_to_dot",
-    "comparison_table", "describe_cell", "draw_cell", "draw_genotype", "duration",
-    "format_interval", "interval", "load_reported", "mask_plot", "paired_difference",
-    "plot_curves", "plot_intervals", "plot_primitive_costs", "plot_probabilities",
-    "plot_scatter", "plot_transition_scheme", "provenance_footer", "rank_correlation",
-    "scorecard", "short_name", "style",
+    "Chart",
+    "Claim",
+    "Interval",
+    "Measured",
+    "RankCorrelation",
+    "Table",
+    "block_means",
+    "cell_to_dot",
+    "comparison_table",
+    "describe_cell",
+    "draw_cell",
+    "draw_genotype",
+    "duration",
+    "format_interval",
+    "interval",
+    "load_reported",
+    "mask_plot",
+    "mean_change",
+    "paired_difference",
+    "plot_curves",
+    "plot_intervals",
+    "plot_primitive_costs",
+    "plot_probabilities",
+    "plot_scatter",
+    "plot_transition_scheme",
+    "probability_map",
+    "provenance_footer",
+    "rank_correlation",
+    "scorecard",
+    "short_name",
+    "style",
 ]  # fmt: skip
 
 REPORTED = Path(__file__).resolve().parent.parent / "paper" / "reported.csv"
@@ -114,6 +140,30 @@ def format_interval(i: Interval, percent: bool = True, signed: bool = True, digi
     mean, low, high = (round(v * scale, digits) + 0.0 for v in (i.mean, i.low, i.high))
     sign = "+" if signed else ""
     return f"{mean:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] (n = {i.n})"
+
+
+def block_means(series: Sequence[ArrayLike], blocks: int) -> NDArray[np.float64]:
+    """Average each series over ``blocks`` consecutive blocks: (series, blocks), for noisy curves.
+
+    Raises NatlibError unless all series are equally long and at least ``blocks`` long.
+    """
+    rows = np.asarray(series, dtype=np.float64)
+    if rows.ndim != 2 or not 1 <= blocks <= rows.shape[1]:
+        raise NatlibError(f"cannot cut series of shape {rows.shape} into {blocks} blocks")
+    return np.stack([part.mean(axis=1) for part in np.array_split(rows, blocks, axis=1)], axis=1)
+
+
+def mean_change(before: ArrayLike, after: ArrayLike) -> str:
+    """Write the mean change of accuracies (0..1) in points, with its interval where n is above 1.
+
+    Raises NatlibError if the lengths differ.
+    """
+    a, b = _numbers(before, "before"), _numbers(after, "after")
+    if len(a) != len(b):
+        raise NatlibError(f"pairs need equal lengths, got {len(a)} and {len(b)}")
+    if len(a) == 1:
+        return f"{100 * (b[0] - a[0]) + 0.0:+.1f} (n = 1)"
+    return format_interval(paired_difference(a, b))
 
 
 @dataclass(frozen=True)
@@ -205,6 +255,36 @@ def plot_probabilities(
     last = ", ".join(f"{names[k]} {values[0, k]:.2f} to {values[-1, k]:.2f}"
                      for k in np.argsort(-values[-1], kind="stable"))  # fmt: skip
     chart.alt = f"{title or 'Probabilities'}: mean probability from first to last step: {last}."
+    return chart
+
+
+def probability_map(matrix: ArrayLike, names: Sequence[str], title: str = "") -> Chart:
+    """Draw probabilities (K, K) of moving from a primitive (row) to another (column).
+
+    Rows that were never seen are all zero and stay blank. Raises NatlibError on another shape.
+    """
+    values = np.asarray(matrix, dtype=np.float64)
+    k = len(names)
+    if values.shape != (k, k):
+        raise NatlibError(f"matrix has shape {values.shape}; {k} names need ({k}, {k})")
+    short = [short_name(n) for n in names]
+    likeliest = [
+        f"{short[i]} to {short[int(row.argmax())]} ({100 * row.max():.0f} %)"
+        for i, row in enumerate(values)
+        if row.any()
+    ]
+    alt = f"{title or 'Probabilities'}. Likeliest target of each source: {'; '.join(likeliest)}."
+    chart = start_chart(400, alt)
+    axes = chart.subplots()
+    seaborn.heatmap(
+        100 * values, ax=axes, mask=values == 0, cmap="cividis_r", vmin=0, vmax=100, square=True,
+        xticklabels=short, yticklabels=short, linewidths=0.5, annot=True, fmt=".0f",
+        annot_kws={"fontsize": 7}, cbar_kws={"label": "probability (%)", "shrink": 0.7},
+    )  # fmt: skip
+    axes.set(xlabel="to", ylabel="from")
+    axes.tick_params(length=0)
+    if title:
+        chart.suptitle(title, x=0.02, ha="left", fontsize=10)
     return chart
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,17 +19,20 @@ from natlib.macro import MacroConfig
 from natlib.network import CellNetwork
 from natlib.policy import GCNConfig, GCNLogits, Policy, UniformLogits
 from natlib.primitives import PRIMITIVES
-from natlib.records import Run, RunStore
+from natlib.records import Record, Run, RunStore
 from natlib.train import (
     DataConfig,
+    TrainConfig,
     accuracy,
     augmented,
     cosine,
     device,
+    macro_for,
     sgd,
     sgd_step,
     splits,
     stream,
+    train_standalone,
 )
 from natlib.transitions import by_name
 
@@ -563,3 +566,184 @@ def derive_many(run: Run) -> dict[str, Any]:
             }
             run.progress(sum(len(r) for r in result.values()), total)
     return result
+
+
+RECIPES = {"supernet": 1, "policy": 1, "gain": 1, "derive": 1, "score": 1, "train": 1}
+"""Versions of what the bodies do: raised when the meaning of a result changes."""
+
+
+def settings(kind: type, given: Mapping[str, Any]) -> Any:
+    """Build a configuration from a notebook's mapping; lists become tuples.
+
+    Raises NatlibError on a name that the configuration does not have, listing those it has.
+    """
+    allowed = [f.name for f in fields(kind)]
+    for name in given:
+        if name not in allowed:
+            raise NatlibError(
+                f"unknown setting {name!r} of {kind.__name__}; allowed are {', '.join(allowed)}"
+            )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise NatlibError(f"{kind.__name__}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the notebooks share: images, macro architecture, space and supernet training.
+
+    ``images`` are ``DataConfig``'s sizes, ``macro`` has ``channels`` and ``cells``, ``space`` is a
+    ``SpaceConfig``'s mapping, ``supernet`` the rest of a ``SupernetConfig``; ``seeds`` are those of
+    the supernets. ``dataset`` may be "auto". Mappings come from experiments.yml.
+    """
+
+    dataset: str
+    seeds: Sequence[int]
+    images: Mapping[str, Any]
+    macro: Mapping[str, Any]
+    space: Mapping[str, Any]
+    supernet: Mapping[str, Any]
+    workers: int
+
+    def data(self) -> DataConfig:
+        """The images, with "auto" resolved to a data set that can be had."""
+        name = data.load(self.dataset).name
+        config: DataConfig = settings(DataConfig, {"dataset": name, **self.images})
+        return config
+
+    def supernet_configs(self) -> list[SupernetConfig]:
+        """One configuration a seed."""
+        images = self.data()
+        shared = {
+            "data": images,
+            "macro": macro_for(images, self.macro["channels"], self.macro["cells"]),
+            "space": settings(SpaceConfig, self.space),
+            **self.supernet,
+        }
+        return [settings(SupernetConfig, {**shared, "seed": seed}) for seed in self.seeds]
+
+    def records(
+        self, kind: str, configs: Sequence[Any], body: Callable[[Run], Any]
+    ) -> list[Record]:
+        """Compute, or return, the records of ``configs`` on this setting's images."""
+        return RunStore.default().run_many(
+            kind,
+            configs,
+            body,
+            recipe=RECIPES[kind],
+            data=splits(self.data()).checksum,
+            workers=self.workers,
+        )
+
+    def supernets(self) -> list[tuple[SupernetConfig, Record]]:
+        """The trained supernets, one a seed."""
+        configs = self.supernet_configs()
+        return list(zip(configs, self.records("supernet", configs, train_supernet), strict=True))
+
+    def policies(
+        self, rules: Sequence[str], policy: Mapping[str, Any]
+    ) -> list[tuple[PolicyConfig, Record]]:
+        """Trained policies of each rule on each supernet, the rules of a seed side by side.
+
+        ``policy`` maps fields of ``PolicyConfig``, those of ``GCNConfig`` under ``gcn``.
+        """
+        given = {**policy, "gcn": settings(GCNConfig, policy.get("gcn", {}))}
+        configs = [
+            settings(
+                PolicyConfig,
+                {
+                    "supernet": config,
+                    "supernet_key": record.key,
+                    "transitions": rule,
+                    "seed": config.seed,
+                    **given,
+                },
+            )
+            for config, record in self.supernets()
+            for rule in rules
+        ]
+        return list(zip(configs, self.records("policy", configs, train_policy), strict=True))
+
+    def gains(
+        self,
+        policies: Sequence[tuple[PolicyConfig, Record]],
+        random: Sequence[str],
+        genotypes: int,
+        images: int,
+    ) -> list[Record]:
+        """What the policies gain on held-out architectures, one record a supernet."""
+        configs = [
+            GainConfig(
+                supernet, record.key, _of(policies, record.key), tuple(random), genotypes, images,
+                supernet.seed,
+            )
+            for supernet, record in self.supernets()
+        ]  # fmt: skip
+        return self.records("gain", configs, measure_gain)
+
+    def scores(self, genotypes: Sequence[Genotype]) -> list[Record]:
+        """Accuracy of genotypes with shared weights, one record a supernet."""
+        configs = [ScoreConfig(c, r.key, tuple(genotypes)) for c, r in self.supernets()]
+        return self.records("score", configs, score_genotypes)
+
+    def derived(
+        self,
+        policies: Sequence[tuple[PolicyConfig, Record]],
+        genotypes: Mapping[str, Genotype],
+        samples: int,
+    ) -> list[Record]:
+        """What the policies derive from named genotypes, one record a supernet."""
+        configs = [
+            DeriveConfig(
+                supernet, record.key, _of(policies, record.key), tuple(genotypes.items()), samples,
+                supernet.seed,
+            )
+            for supernet, record in self.supernets()
+        ]  # fmt: skip
+        return self.records("derive", configs, derive_many)
+
+    def trained(
+        self, genotypes: Sequence[Genotype], seeds: Sequence[int], training: Mapping[str, Any]
+    ) -> list[list[Record]]:
+        """Networks trained from scratch: one list of records, a seed each, for each genotype."""
+        images = self.data()
+        macro = macro_for(images, self.macro["channels"], self.macro["cells"])
+        configs = [
+            settings(
+                TrainConfig,
+                {"data": images, "macro": macro, "genotype": g, "seed": seed, **training},
+            )
+            for g in genotypes
+            for seed in seeds
+        ]
+        found = self.records("train", configs, train_standalone)
+        return [found[i : i + len(seeds)] for i in range(0, len(found), len(seeds))]
+
+
+def _of(
+    policies: Sequence[tuple[PolicyConfig, Record]], supernet: str
+) -> tuple[tuple[PolicyConfig, str], ...]:
+    return tuple((c, r.key) for c, r in policies if c.supernet_key == supernet)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Genotypes to score with one supernet's weights."""
+
+    supernet: SupernetConfig
+    supernet_key: str
+    genotypes: tuple[Genotype, ...]
+
+
+def score_genotypes(run: Run) -> dict[str, Any]:
+    """Accuracy (0..1) of genotypes on all report images; body of records of kind "score"."""
+    config: ScoreConfig = run.config
+    report = splits(config.supernet.data).report
+    network = load_supernet(config.supernet, config.supernet_key)
+    values = []
+    for g in config.genotypes:
+        values.append(accuracy(network, report.normalised, report.labels, g))
+        run.progress(len(values), len(config.genotypes))
+    return {"accuracy": values}
