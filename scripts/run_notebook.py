@@ -169,8 +169,8 @@ class Progress:
             parts.append(f"{group} {done:g} of {total:g} ({share:.0%})")
             if share > 0.02:
                 left = max(left, (time.time() - since) * (1 - share) / share)
-        remaining = f"about {clock(left)} left" if left > 0 else "time left not known yet"
-        return ", ".join([f"{clock(elapsed)} elapsed", remaining, *parts])
+        remaining = [f"about {clock(left)} left"] if left > 0 else []
+        return ", ".join([f"{clock(elapsed)} elapsed", *remaining, *parts])
 
     def read(self) -> None:
         """Read what natlib reported since the last time."""

@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -68,11 +69,13 @@ def is_number(value: Any) -> bool:
 
 
 def without_seeds(config: Any) -> Any:
-    """Return a configuration without the fields named seed, at any depth."""
+    """Return a configuration without seeds and keys of other records, at any depth."""
     if isinstance(config, dict):
-        return {k: without_seeds(v) for k, v in config.items() if k != "seed"}
+        return {name: without_seeds(v) for name, v in config.items() if name != "seed"}
     if isinstance(config, list):
         return [without_seeds(item) for item in config]
+    if isinstance(config, str) and re.fullmatch(r"[0-9a-f]{16}", config):
+        return ""
     return config
 
 

@@ -483,6 +483,16 @@ def test_tolerance_is_students_t_of_a_difference(verifier: Any) -> None:
     assert verifier.tolerance([[5, 5, 5]]) == 0
 
 
+def test_seeds_and_record_keys_do_not_part_configurations(verifier: Any) -> None:
+    def config(seed: int, key: str) -> dict[str, Any]:
+        return {"policy": [{"seed": seed, "rate": 0.1}, key], "key": key, "name": "x"}
+
+    one, two = config(1, "0123456789abcdef"), config(2, "f123456789abcdef")
+    assert verifier.without_seeds(one) == verifier.without_seeds(two)
+    assert verifier.without_seeds(one)["policy"][0] == {"rate": 0.1}
+    assert verifier.without_seeds({"name": "y"}) != verifier.without_seeds({"name": "x"})
+
+
 def test_stale_lists_records_of_older_source(project: Project) -> None:
     record = Verified(project.root).records[0]
     text = record.path.read_text()
