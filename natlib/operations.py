@@ -236,6 +236,7 @@ def average_pool(x: Tensor, k: int, stride: int) -> Tensor:
 
 
 @lru_cache(maxsize=128)
+@torch.inference_mode(False)  # kept for training too, wherever they are first needed
 def _average_weights(
     c: int, k: int, h: int, w: int, stride: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

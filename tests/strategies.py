@@ -64,7 +64,7 @@ macros = st.builds(
 
 
 def chain(*names: str) -> Cell:
-    """A cell whose nodes follow each other: node 2 reads inputs 0 and 1, node 3 reads node 2, ..."""
+    """A cell of nodes in a row: node 2 reads both inputs, node 3 reads node 2, and so on."""
     edges = [Edge(0, 2, names[0]), Edge(1, 2, names[1])]
     edges += [Edge(i, i + 1, name) for i, name in enumerate(names[2:], INPUTS)]
     return Cell(tuple(edges), (len(names),))
