@@ -107,9 +107,10 @@ lab: $(SETUP) ## edit the notebooks in JupyterLab
 test: $(SETUP) ## run all tests
 	@$(PY) -m pytest
 
-lint: $(SETUP) ## ruff and mypy
+lint: $(SETUP) ## ruff, mypy, notebooks without outputs
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
+	@$(PY) -m nbstripout --verify --keep-id notebooks/*.ipynb
 
 verify: $(SETUP) ## compare this machine's results of SCALE with the recorded ones
 	@$(PY) scripts/verify.py check --scale $(SCALE)
