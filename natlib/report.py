@@ -30,6 +30,7 @@ from natlib.drawing import (
     ORANGE,
     PURPLE,
     RED,
+    WIDTH,
     Chart,
     cell_to_dot,
     describe_cell,
@@ -274,7 +275,7 @@ def probability_map(matrix: ArrayLike, names: Sequence[str], title: str = "") ->
         if row.any()
     ]
     alt = f"{title or 'Probabilities'}. Likeliest target of each source: {'; '.join(likeliest)}."
-    chart = start_chart(400, alt)
+    chart = start_chart(WIDTH, alt)
     axes = chart.subplots()
     seaborn.heatmap(
         100 * values, ax=axes, mask=values == 0, cmap="cividis_r", vmin=0, vmax=100, square=True,
