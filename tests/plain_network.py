@@ -1,0 +1,97 @@
+"""The same mathematics as ``network.py`` in the most literal PyTorch, to test and time against.
+
+Plain modules on contiguous tensors, an operation at a time, as one would write them from the
+papers: dilated kernels, strided slices, pooling and concatenation by their ordinary functions.
+Nothing here is used to produce results.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from natlib.genotype import INPUTS, Cell, Genotype
+from natlib.network import CellNetwork
+from natlib.operations import EPSILON
+from natlib.primitives import Primitive, primitive
+from natlib.transitions import edge_stride
+
+Weights = dict[str, Tensor]
+
+
+def _norm(x: Tensor, w: Weights, name: str) -> Tensor:
+    return F.batch_norm(
+        x, None, None, w.get(f"{name}.weight"), w.get(f"{name}.bias"), True, 0.1, EPSILON
+    )
+
+
+def _factorized(x: Tensor, w: Weights, name: str) -> Tensor:
+    x = F.relu(x)
+    even = F.conv2d(x, w[f"{name}.even.weight"], stride=2)
+    odd = F.conv2d(x[:, :, 1:, 1:], w[f"{name}.odd.weight"], stride=2)
+    return _norm(torch.cat([even, odd], 1), w, f"{name}.bn")
+
+
+def _separable(x: Tensor, w: Weights, name: str, stride: int) -> Tensor:
+    depthwise, pointwise = w[f"{name}.layers.0.weight"], w[f"{name}.layers.1.weight"]
+    x = F.conv2d(F.relu(x), depthwise, None, stride, depthwise.shape[2] // 2, 1, x.shape[1])
+    return _norm(F.conv2d(x, pointwise), w, f"{name}.bn")
+
+
+def _operation(x: Tensor, p: Primitive, w: Weights, name: str, stride: int) -> Tensor:
+    """Apply a primitive the way the papers define it."""
+    k = p.size
+    if p.kind == "null":
+        return x[:, :, ::stride, ::stride] * 0
+    if p.kind == "skip":
+        return x if stride == 1 else _factorized(x, w, name)
+    if p.kind == "max_pool":
+        return _norm(F.max_pool2d(x, k, stride, k // 2), w, f"{name}.bn")
+    if p.kind == "avg_pool":
+        y = F.avg_pool2d(x, k, stride, k // 2, count_include_pad=False)
+        return _norm(y, w, f"{name}.bn")
+    if p.kind == "sep_conv":
+        return _separable(_separable(x, w, f"{name}.0", stride), w, f"{name}.2", 1)
+    if p.kind == "dil_conv":
+        depthwise, pointwise = w[f"{name}.layers.0.weight"], w[f"{name}.layers.1.weight"]
+        y = F.conv2d(F.relu(x), depthwise, None, stride, k - 1, 2, x.shape[1])
+        return _norm(F.conv2d(y, pointwise), w, f"{name}.bn")
+    weight = w[f"{name}.layers.0.weight"]
+    return _norm(F.conv2d(F.relu(x), weight, None, stride, k // 2), w, f"{name}.bn")
+
+
+def _input_layer(x: Tensor, w: Weights, name: str, halve: bool) -> Tensor:
+    if halve:
+        return _factorized(x, w, f"{name}.reduction")
+    return _norm(F.conv2d(F.relu(x), w[f"{name}.conv.weight"]), w, f"{name}.bn")
+
+
+def _run_cell(s0: Tensor, s1: Tensor, cell: Cell, kind: str, w: Weights, name: str) -> Tensor:
+    values = [s0, s1]
+    for group in cell.in_edges:
+        terms = []
+        for e in group:
+            key = f"{name}.edges.{e.source}_{e.target}_{e.primitive}"
+            stride = edge_stride(e.source, kind)
+            terms.append(_operation(values[e.source], primitive(e.primitive), w, key, stride))
+        values.append(sum(terms[1:], terms[0]))
+    return torch.cat([values[n] for n in cell.concat], 1)
+
+
+def supernet_forward(supernet: CellNetwork, images: Tensor, genotype: Genotype) -> Tensor:
+    """Compute what ``supernet(images, genotype)`` computes, for cells that concatenate all nodes.
+
+    ``images`` (B, C, H, W) in contiguous memory; returns logits (B, classes) with gradients to the
+    supernet's parameters. The 13 primitives of NAT++ only.
+    """
+    w = {n: p.contiguous() for n, p in supernet.named_parameters()}
+    x = _norm(F.conv2d(images, w["stem.weight"], padding=1), w, "stem_bn")
+    before, last = x, x
+    for i, place in enumerate(supernet.macro.positions()):
+        cell = genotype.reduce if place.kind == "reduce" else genotype.normal
+        assert cell.concat == tuple(range(INPUTS, INPUTS + cell.nodes))
+        s0 = _input_layer(before, w, f"cells.{i}.inputs.0", place.halve)
+        s1 = _input_layer(last, w, f"cells.{i}.inputs.1", False)
+        before, last = last, _run_cell(s0, s1, cell, place.kind, w, f"cells.{i}")
+    return F.linear(last.mean((2, 3)), w["classifier.weight"], w["classifier.bias"])
