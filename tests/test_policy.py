@@ -1,0 +1,454 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from natlib import NatlibError
+from natlib.genotype import INPUTS, Cell, Edge, Genotype
+from natlib.policy import (
+    CellBatch,
+    GCNConfig,
+    GCNLogits,
+    Policy,
+    UniformLogits,
+    bm_log_softmax,
+    bm_softmax,
+    decode,
+)
+from natlib.primitives import PRIMITIVES
+from natlib.transitions import RULES, by_name, edge_stride
+from natlib.zoo import ZOO
+from tests.strategies import chain, generator, genotypes, random_genotypes
+
+K = len(PRIMITIVES)
+SMALL = GCNConfig(embedding=8, feature=16, hidden=12)
+GRAPHS = ["both", "released"]
+MIXED = [*random_genotypes(3), *random_genotypes(2, nodes=(5,)), ZOO["ENAS"], ZOO["VGG"]]
+
+
+def gcn_policy(rule: str = "natpp", config: GCNConfig = SMALL, seed: int = 0) -> Policy:
+    logits = GCNLogits(K, config, generator(seed))
+    with torch.no_grad():
+        # Far from uniform, so that a mistake in a logit shows.
+        logits.head.weight.mul_(20)
+        logits.head.bias.normal_(generator=generator(seed + 1))
+    return Policy(logits.double(), by_name(rule))
+
+
+# --- BMSoftmax ---------------------------------------------------------------------------------
+
+rows = st.integers(1, 20).flatmap(
+    lambda k: st.tuples(
+        st.lists(st.floats(-1e4, 1e4), min_size=k, max_size=k),
+        st.lists(st.booleans(), min_size=k, max_size=k).filter(any),
+    )
+)
+
+
+def subset_softmax(x: Sequence[float], mask: Sequence[bool]) -> list[float]:
+    top = max(v for v, m in zip(x, mask, strict=True) if m)
+    weights = [math.exp(v - top) if m else 0.0 for v, m in zip(x, mask, strict=True)]
+    return [w / math.fsum(weights) for w in weights]
+
+
+@given(rows)
+def test_bm_softmax_is_softmax_over_what_is_allowed(row: tuple[list[float], list[bool]]) -> None:
+    x, mask = torch.tensor(row[0], dtype=torch.float64), torch.tensor(row[1])
+    x.requires_grad_()
+    p = bm_softmax(x, mask)
+    torch.testing.assert_close(p.tolist(), subset_softmax(*row), rtol=1e-9, atol=1e-12)
+    assert bool((p[~mask] == 0).all())
+    torch.testing.assert_close(float(p.detach().sum()), 1.0)
+    allowed = torch.tensor(row[0], dtype=torch.float64)[mask].requires_grad_()
+    upstream = torch.randn(p.shape, generator=generator(), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((p * upstream).sum(), x)
+    (expected,) = torch.autograd.grad((allowed.softmax(0) * upstream[mask]).sum(), allowed)
+    torch.testing.assert_close(gradient[mask], expected)
+    assert bool((gradient[~mask] == 0).all())
+
+
+@given(rows)
+def test_gradient_of_the_logarithm_is_zero_where_forbidden(
+    row: tuple[list[float], list[bool]],
+) -> None:
+    x, mask = torch.tensor(row[0], requires_grad=True), torch.tensor(row[1])
+    logp = bm_log_softmax(x, mask)
+    assert bool((logp[~mask] == -math.inf).all())
+    (gradient,) = torch.autograd.grad(logp[mask].sum(), x)
+    assert bool(torch.isfinite(gradient).all())
+    assert bool((gradient[~mask] == 0).all())
+
+
+@pytest.mark.parametrize("size", [1e4, 3e38])
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1), (1, 1), (-1, -1)])
+def test_large_logits_stay_finite(size: float, signs: tuple[int, int]) -> None:
+    mask = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    for forbidden in (size, -size, 0.0):
+        x = torch.tensor([[signs[0] * size, signs[1] * size, forbidden, forbidden],
+                          [forbidden, signs[0] * size, signs[1] * size, 0.0]])  # fmt: skip
+        x.requires_grad_()
+        p = bm_softmax(x, mask)
+        (gradient,) = torch.autograd.grad(p.square().sum(), x)
+        for t in (p, gradient):
+            assert bool(torch.isfinite(t).all())
+            assert bool((t[~mask] == 0).all())
+        torch.testing.assert_close(p.detach().sum(1), torch.ones(2))
+
+
+def test_a_single_allowed_entry_is_certain() -> None:
+    for value in (-3e38, -1e4, 0.0, 3e38):
+        p = bm_softmax(torch.tensor([value, 3e38]), torch.tensor([True, False]))
+        assert p.tolist() == [1.0, 0.0]
+
+
+def test_masks_broadcast() -> None:
+    x = torch.randn(4, 3, 5, generator=generator())
+    mask = torch.tensor([True, False, True, True, False])
+    assert torch.equal(bm_softmax(x, mask), bm_softmax(x, mask.expand(4, 3, 5)))
+
+
+@pytest.mark.parametrize("function", [bm_softmax, bm_log_softmax])
+def test_a_row_that_allows_nothing_is_an_error(function: object) -> None:
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[1] = False
+    with pytest.raises(NatlibError, match="allows nothing"):
+        function(torch.zeros(3, 4), mask)  # type: ignore[operator]
+
+
+# --- encoding ----------------------------------------------------------------------------------
+
+
+def test_encoding_of_a_small_genotype() -> None:
+    normal = Cell((Edge(1, 2, "conv_3x3"), Edge(0, 2, "null"), Edge(2, 3, "skip_connect")), (2, 3))
+    genotype = Genotype(normal, chain("max_pool_3x3", "conv_1x1"))
+    batch = CellBatch.encode([genotype], PRIMITIVES)
+    at = PRIMITIVES.index
+    assert len(batch) == 2
+    assert batch.reduction.tolist() == [False, True]
+    assert batch.present.tolist() == [[[True, True], [True, False]], [[True, True], [False] * 2]]
+    assert batch.sources[batch.present].tolist() == [1, 0, 2, 0, 1]
+    assert batch.primitives[batch.present].tolist() == [
+        at("conv_3x3"), at("null"), at("skip_connect"), at("max_pool_3x3"), at("conv_1x1")
+    ]  # fmt: skip
+
+
+@given(st.lists(genotypes(PRIMITIVES, degrees=(1, 2, 3)), min_size=1, max_size=4))
+def test_encoding_keeps_primitives_and_strides_and_decodes(inputs: list[Genotype]) -> None:
+    batch = CellBatch.encode(inputs, PRIMITIVES)
+    assert decode(inputs, batch.primitives, PRIMITIVES) == inputs
+    strides = batch.strides()[batch.present].tolist()
+    expected = [
+        edge_stride(e.source, kind) - 1 for g in inputs for kind, c in g.cells for e in c.edges
+    ]
+    assert strides == expected
+
+
+def test_what_cannot_be_encoded() -> None:
+    with pytest.raises(NatlibError, match="empty list"):
+        CellBatch.encode([], PRIMITIVES)
+    with pytest.raises(NatlibError) as error:
+        CellBatch.encode([ZOO["DARTS"], ZOO["NAONet"]], PRIMITIVES)
+    assert "'conv_1x3_3x1'" in str(error.value)
+    assert all(name in str(error.value) for name in PRIMITIVES)
+
+
+# --- rollouts ----------------------------------------------------------------------------------
+
+
+def keeps_graph(before: Genotype, after: Genotype) -> bool:
+    return before.with_primitives(after.primitives) == after
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(genotypes(PRIMITIVES, nodes=(4, 5)), min_size=1, max_size=5),
+    st.sampled_from(sorted(RULES)),
+    st.sampled_from(["random", *GRAPHS]),
+    st.integers(0, 2**32),
+)
+def test_rollouts_never_leave_the_mask_nor_move_an_edge(
+    inputs: list[Genotype], rule: str, kind: str, seed: int
+) -> None:
+    if kind == "random":
+        policy = Policy(UniformLogits(K), by_name(rule))
+    else:
+        policy = gcn_policy(rule, GCNConfig(8, 16, 12, graph=kind), seed % 7)
+    rollout = policy.sample(inputs, generator(seed))
+    for outputs in (rollout.genotypes, policy.most_likely(inputs)):
+        for before, after in zip(inputs, outputs, strict=True):
+            assert keeps_graph(before, after)
+            assert policy.transitions.violations(before, after) == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_allowed_transition_is_drawn_and_no_other(rule: str) -> None:
+    policy = Policy(UniformLogits(K), by_name(rule))
+    seen: set[tuple[int, str, str]] = set()
+    inputs = random_genotypes(300)
+    draw = generator()
+    for _ in range(10):
+        for before, after in zip(inputs, policy.sample(inputs, draw).genotypes, strict=True):
+            for (kind, a), (_, b) in zip(before.cells, after.cells, strict=True):
+                for old, new in zip(a.edges, b.edges, strict=True):
+                    seen.add((edge_stride(old.source, kind), old.primitive, new.primitive))
+    allowed = {(stride, s, t) for stride in (1, 2) for s, t in policy.transitions.pairs(stride)}
+    assert seen == allowed
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_staying_put_always_has_a_chance(rule: str) -> None:
+    policy = gcn_policy(rule)
+    batch = policy.encode(MIXED)
+    with torch.no_grad():
+        p = policy.log_probabilities(batch).exp()
+    own = p.gather(-1, batch.primitives[..., None])[..., 0]
+    assert bool((own[batch.present] > 0).all())
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(own))
+    forbidden = ~policy.mask[batch.strides(), batch.primitives]
+    assert bool((p[forbidden] == 0).all())
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_log_probability_and_entropy_are_sums_over_the_edges_that_exist(graph: str) -> None:
+    policy = gcn_policy(config=GCNConfig(8, 16, 12, graph=graph))
+    rollout = policy.sample(MIXED, generator())
+    logp = policy.log_probabilities(policy.encode(MIXED))
+    for i, (before, after) in enumerate(zip(MIXED, rollout.genotypes, strict=True)):
+        score, entropy = [], []
+        for k, ((_, a), (_, b)) in enumerate(zip(before.cells, after.cells, strict=True)):
+            for n, (_, chosen) in enumerate(zip(a.in_edges, b.in_edges, strict=True)):
+                for d, e in enumerate(chosen):
+                    row = logp[2 * i + k, n, d].tolist()
+                    score.append(row[PRIMITIVES.index(e.primitive)])
+                    entropy.append(-math.fsum(math.exp(v) * v for v in row if v > -math.inf))
+        torch.testing.assert_close(float(rollout.log_probability[i].detach()), math.fsum(score))
+        torch.testing.assert_close(float(rollout.entropy[i].detach()), math.fsum(entropy))
+
+
+def test_gradients_are_finite_even_where_the_policy_is_certain() -> None:
+    policy = gcn_policy()
+    assert isinstance(policy.logits, GCNLogits)
+    with torch.no_grad():
+        policy.logits.head.bias.mul_(1e4)
+    rollout = policy.sample(MIXED, generator())
+    (rollout.log_probability.sum() + rollout.entropy.sum()).backward()  # type: ignore[no-untyped-call]
+    for p in policy.logits.parameters():
+        assert p.grad is not None
+        assert bool(torch.isfinite(p.grad).all())
+
+
+def test_the_most_likely_rewriting_takes_the_largest_probability_of_each_edge() -> None:
+    policy = gcn_policy()
+    logp = policy.log_probabilities(policy.encode(MIXED))
+    for i, after in enumerate(policy.most_likely(MIXED)):
+        for k, (_, cell) in enumerate(after.cells):
+            for n, group in enumerate(cell.in_edges):
+                for d, e in enumerate(group):
+                    row = logp[2 * i + k, n, d]
+                    assert row[PRIMITIVES.index(e.primitive)] == row.max()
+
+
+def test_the_random_policy_gives_every_allowed_transition_the_same_chance() -> None:
+    policy = Policy(UniformLogits(K), by_name("natpp_cost_safe"))
+    batch = policy.encode(MIXED)
+    mask = policy.mask[batch.strides(), batch.primitives]
+    expected = mask / mask.sum(-1, keepdim=True)
+    torch.testing.assert_close(policy.log_probabilities(batch).exp(), expected)
+
+
+def test_samples_have_the_policys_frequencies() -> None:
+    policy = gcn_policy()
+    genotype = Genotype(chain("conv_5x5", "sep_conv_5x5"), chain("dil_conv_5x5", "null"))
+    with torch.no_grad():
+        rollout = policy.sample([genotype] * 4000, generator())
+        p = policy.log_probabilities(policy.encode([genotype])).exp()
+    p = p[policy.encode([genotype]).present]
+    count = torch.zeros(4, K, dtype=torch.float64)
+    for g in rollout.genotypes:
+        for i, name in enumerate(g.primitives):
+            count[i, PRIMITIVES.index(name)] += 1
+    # Five standard errors.
+    assert bool(((count / 4000 - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-9).all())
+
+
+def test_sampling_follows_its_generator_and_touches_no_other() -> None:
+    state = torch.random.get_rng_state()
+    policy = gcn_policy()
+    first, again, other = (policy.sample(MIXED, generator(s)).genotypes for s in (0, 0, 1))
+    assert first == again
+    assert first != other
+    encoded = policy.sample(MIXED, generator(), policy.encode(MIXED)).genotypes
+    assert encoded == first
+    policy.most_likely(MIXED)
+    GCNLogits(K, SMALL)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_same_seed_gives_the_same_policy() -> None:
+    a, b, c = (GCNLogits(K, SMALL, generator(seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+def test_an_untrained_policy_is_nearly_uniform() -> None:
+    policy = Policy(GCNLogits(K, GCNConfig(), generator()), by_name("natpp"))
+    uniform = Policy(UniformLogits(K), by_name("natpp"))
+    with torch.no_grad():
+        entropy = policy.sample(MIXED, generator()).entropy
+        most = uniform.sample(MIXED, generator()).entropy
+    assert bool((entropy > 0.9 * most).all())
+
+
+# --- batching ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_batch_equals_one_by_one(rule: str, graph: str) -> None:
+    policy = gcn_policy(rule, GCNConfig(8, 16, 12, degree=3, graph=graph))
+    three = Cell((*ZOO["DARTS"].normal.edges, Edge(1, 5, "conv_5x5")), (2, 3, 4, 5))
+    inputs = [*MIXED, Genotype(chain("conv_3x3", "null"), three)]
+    whole = policy.log_probabilities(policy.encode(inputs))
+    for i, genotype in enumerate(inputs):
+        batch = policy.encode([genotype])
+        alone = policy.log_probabilities(batch)
+        n, d = alone.shape[1:3]
+        part = whole[2 * i : 2 * i + 2, :n, :d]
+        torch.testing.assert_close(part[batch.present], alone[batch.present])
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_what_fills_up_a_batch_has_no_influence(graph: str) -> None:
+    policy = gcn_policy(config=GCNConfig(8, 16, 12, graph=graph))
+    batch = policy.encode(MIXED)
+    filled = CellBatch(
+        torch.where(batch.present, batch.primitives, torch.tensor(PRIMITIVES.index("conv_5x5"))),
+        torch.where(batch.present, batch.sources, torch.tensor(1)),
+        batch.present,
+        batch.reduction,
+    )
+    assert not torch.equal(filled.primitives, batch.primitives)
+    a, b = policy.log_probabilities(batch), policy.log_probabilities(filled)
+    assert torch.equal(a[batch.present], b[batch.present])
+    # Filling is no graph edge, and sampling one changes no sum.
+    one, two = (policy.sample(MIXED, generator(), e) for e in (batch, filled))
+    assert one.genotypes == two.genotypes
+    torch.testing.assert_close(one.log_probability, two.log_probability)
+    torch.testing.assert_close(one.entropy, two.entropy)
+
+
+def test_a_node_with_more_inputs_than_the_policy_was_built_for() -> None:
+    three = Cell(tuple(Edge(0, 2, "null") for _ in range(3)), (2,))
+    with pytest.raises(NatlibError, match="3 incoming edges; this policy was built for 2"):
+        gcn_policy().sample([Genotype(three, three)], generator())
+
+
+def test_unknown_graph_form() -> None:
+    with pytest.raises(NatlibError, match=r"'undirected'.*'both', 'released'"):
+        GCNConfig(graph="undirected")
+
+
+# --- what the policy sees ----------------------------------------------------------------------
+
+
+def seen(graph: str, cells: Sequence[Cell]) -> list[list[list[bool]]]:
+    """For each cell: does edge i's primitive move edge j's logits? Found by changing it."""
+    config = GCNConfig(embedding=8, feature=32, hidden=32, graph=graph)
+    logits = GCNLogits(K, config, generator()).double()
+    found = []
+    for cell in cells:
+        size = len(cell.edges)
+        changed = [cell]
+        for i, e in enumerate(cell.edges):
+            names = [x.primitive for x in cell.edges]
+            names[i] = "conv_5x5" if e.primitive != "conv_5x5" else "null"
+            changed.append(cell.with_primitives(names))
+        batch = CellBatch.encode([Genotype(c, c) for c in changed], PRIMITIVES)
+        with torch.no_grad():
+            z = logits(batch)[::2][:, batch.present[0]]
+        moved = (z[1:] - z[0]).abs().amax(-1) > 1e-12
+        assert moved.shape == (size, size)
+        found.append(moved.tolist())
+    return found
+
+
+def depends(moved: list[list[bool]]) -> list[bool]:
+    return [any(row[j] for row in moved) for j in range(len(moved))]
+
+
+def test_our_policy_sees_every_edges_own_primitive_and_its_neighbours() -> None:
+    cells = [c for g in random_genotypes(20) for _, c in g.cells]
+    cells += [c for n in ("DARTS", "VGG", "R1") for _, c in ZOO[n].cells]
+    for cell, moved in zip(cells, seen("both", cells), strict=True):
+        assert all(moved[i][i] for i in range(len(cell.edges)))
+        for i, a in enumerate(cell.edges):
+            for j, b in enumerate(cell.edges):
+                if b.source == a.target:
+                    assert moved[i][j]  # what flows into an edge's source
+                if a.source == b.target:
+                    assert moved[i][j]  # and what is made of its target
+
+
+def test_the_released_policy_never_sees_an_edges_own_primitive() -> None:
+    cells = [c for g in random_genotypes(100) for _, c in g.cells]
+    blind = total = 0
+    for cell, moved in zip(cells, seen("released", cells), strict=True):
+        assert not any(moved[i][i] for i in range(len(cell.edges)))
+        for j, b in enumerate(cell.edges):
+            # Two steps against the arrows: only what enters the sources of an edge's siblings'
+            # sources can be seen.
+            middle = {e.source for e in cell.edges if e.target == b.target}
+            first = {e.source for e in cell.edges if e.target in middle}
+            for i, a in enumerate(cell.edges):
+                assert moved[i][j] == (a.target in first)
+        blind += depends(moved).count(False)
+        total += len(cell.edges)
+    # "in 200 random cells 83 % of edges have logits that depend on no primitive at all"
+    assert len(cells) == 200
+    assert 0.78 < blind / total < 0.88
+
+
+def test_the_released_policy_sees_nothing_of_darts() -> None:
+    cells = [ZOO["DARTS"].normal, ZOO["DARTS"].reduce]
+    for moved in seen("released", cells):
+        assert not any(depends(moved))
+    for moved in seen("both", cells):
+        assert all(depends(moved))
+
+
+def test_the_policy_knows_the_cells_type_and_each_inputs_place() -> None:
+    def rows(cell: Cell) -> Tensor:
+        logits = GCNLogits(K, SMALL, generator()).double()
+        with torch.no_grad():
+            return logits(CellBatch.encode([Genotype(cell, cell)], PRIMITIVES))
+
+    z = rows(chain("conv_3x3", "conv_3x3", "conv_3x3"))
+    assert (z[0] - z[1]).abs().max() > 1e-6  # normal and reduction
+    assert (z[0, 0, 0] - z[0, 0, 1]).abs().max() > 1e-6  # first and second incoming edge
+    other = rows(Cell((Edge(1, 2, "conv_3x3"), Edge(1, 2, "conv_3x3")), (2,)))
+    same = rows(Cell((Edge(0, 2, "conv_3x3"), Edge(0, 2, "conv_3x3")), (2,)))
+    assert (other - same).abs().max() > 1e-6  # input 0 and input 1
+
+
+def test_the_adjacency_of_both_forms() -> None:
+    cell = Cell((Edge(0, 2, "null"), Edge(0, 2, "null"), Edge(2, 3, "null")), (3,))
+    batch = CellBatch.encode([Genotype(cell, cell)], PRIMITIVES)
+    released = GCNLogits(K, GCNConfig(8, 16, 12, graph="released")).adjacency(batch)[0]
+    # Two edges between the same nodes weigh double, as in the authors' code.
+    expected = torch.zeros(4, 4)
+    expected[2, 0], expected[3, 2] = 2, 1
+    assert torch.equal(released, expected)
+    both = GCNLogits(K, SMALL).adjacency(batch)[0]
+    linked = torch.eye(4)
+    for i, j in ((0, 2), (2, 3)):
+        linked[i, j] = linked[j, i] = 1
+    degree = linked.sum(1)
+    torch.testing.assert_close(both, linked / (degree[:, None] * degree[None]).sqrt())
+    assert math.isclose(float(both[1, 1]), 1.0)
+    assert both.shape == (2 + INPUTS, 2 + INPUTS)
