@@ -98,7 +98,8 @@ def main() -> int:
     write_text(STATE / "graph.mk", "\n".join(rules) + "\n")
     minutes = sum(experiments[name].minutes.get(scale, 0) for name in names)
     print(f"{len(names)} notebooks at scale {scale}", end="")
-    print(f", about {minutes:g} min in all on two cores if nothing is recorded yet" * (minutes > 0))
+    about = f"{minutes:g} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+    print(f", about {about} in all on two cores if nothing is recorded yet" * (minutes > 0))
     return 0
 
 
