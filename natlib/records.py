@@ -121,7 +121,7 @@ class Run:
         self._earlier_peak = 0.0
         self._started = self._saved = time.monotonic()
         self._reported = -math.inf
-        _reset_peak_memory()
+        reset_peak_memory()
 
     @property
     def wall_seconds(self) -> float:
@@ -131,7 +131,7 @@ class Run:
     @property
     def peak_memory_mb(self) -> float:
         """Largest resident memory of the process while it worked on this run, in MB."""
-        return max(self._earlier_peak, _peak_memory_mb())
+        return max(self._earlier_peak, peak_memory_mb())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write ``state`` (tensors, numbers, strings and containers of them) for a later resume."""
@@ -528,7 +528,7 @@ def _provenance(body: Body, run: Run, started: datetime) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
-        **_git_state(),
+        **git_state(),
         "started": started.isoformat(),
         "finished": finished.isoformat(),
         "wall_seconds": round(run.wall_seconds, 3),
@@ -538,7 +538,7 @@ def _provenance(body: Body, run: Run, started: datetime) -> dict[str, Any]:
 
 
 @cache
-def _git_state() -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """Return the revision of the repository and whether tracked files were changed."""
 
     def git(*arguments: str) -> str:
@@ -562,13 +562,13 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
     """Start measuring the peak anew, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
     """Return the peak resident memory of this process in MB, since the last reset."""
     with contextlib.suppress(OSError):
         match = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
