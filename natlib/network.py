@@ -46,6 +46,20 @@ class _InputLayer(nn.Module):
         return out
 
 
+class _Values:
+    """The values of a cell's nodes, and their ReLUs, each taken once however many use it."""
+
+    def __init__(self, raw: dict[int, Tensor]) -> None:
+        self.raw = raw
+        self._relu: dict[int, Tensor] = {}
+
+    def relu(self, node: int) -> Tensor:
+        """The ReLU of a node."""
+        if node not in self._relu:
+            self._relu[node] = F.relu(self.raw[node])
+        return self._relu[node]
+
+
 class _CellModule(nn.Module):
     """The weights of one cell; which of them a forward pass uses, its ``Cell`` says."""
 
@@ -67,20 +81,19 @@ class _CellModule(nn.Module):
 
     def forward(
         self, relus: tuple[Tensor, Tensor], columns: tuple[Tensor | None, Tensor | None], cell: Cell
-    ) -> Tensor:
+    ) -> _Values:
+        """Compute the cell's live nodes from the ReLUs of its two inputs."""
         live = cell.live
-        values: dict[int, Tensor] = {
+        values = _Values({
             i: self.inputs[i](relus[i], columns[i]) for i in range(INPUTS) if i in live
-        }
-        relu_of: dict[int, Tensor] = {}
+        })  # fmt: skip
         # Two edges with the same weights (supernet), or pools of one node, are computed once.
         done: dict[str, Tensor] = {}
         for node, group in enumerate(cell.in_edges, INPUTS):
             if node not in live:
                 continue
             total: Tensor | None = None
-            keys = edge_keys(group)
-            for key, e in zip(keys, group, strict=True):
+            for key, e in zip(edge_keys(group), group, strict=True):
                 if e.primitive == "null":
                     continue
                 if self.shared:
@@ -92,16 +105,14 @@ class _CellModule(nn.Module):
                 if name not in done:
                     if key not in self.edges:
                         self._require(key, e)
-                        done[name] = values[e.source]
+                        done[name] = values.raw[e.source]
                     elif takes_relu(p):
-                        if e.source not in relu_of:
-                            relu_of[e.source] = F.relu(values[e.source])
-                        done[name] = self.edges[key](relu_of[e.source])
+                        done[name] = self.edges[key](values.relu(e.source))
                     else:
-                        done[name] = self.edges[key](values[e.source])
+                        done[name] = self.edges[key](values.raw[e.source])
                 total = done[name] if total is None else total + done[name]
-            values[node] = self._zero(relus[1]) if total is None else total
-        return cat([values[n] for n in cell.concat])
+            values.raw[node] = self._zero(relus[1]) if total is None else total
+        return values
 
     def _require(self, key: str, e: Edge) -> None:
         """Refuse an edge that this network holds no weights for (a stride-1 skip needs none)."""
@@ -215,10 +226,13 @@ class CellNetwork(nn.Module):
         for module in self.cells:
             assert isinstance(module, _CellModule)
             cell = run.reduce if module.place.kind == "reduce" else run.normal
-            x = module(relus, columns, cell)
-            relus = (relus[1], F.relu(x))
+            values = module(relus, columns, cell)
             columns = (columns[1], self._columns(cell, module.place.channels, x.device))
-        pooled = x.mean((2, 3))
+            if module is not self.cells[-1]:
+                # The next cells read the output through a ReLU: that of a concatenation is the
+                # concatenation of the nodes' ReLUs, most of which the edges needed anyway.
+                relus = (relus[1], cat([values.relu(n) for n in cell.concat]))
+        pooled = torch.cat([values.raw[n].mean((2, 3)) for n in cell.concat], 1)
         return F.linear(pooled, pick(self.classifier.weight, columns[1]), self.classifier.bias)
 
     def _require_nodes(self, genotype: Genotype) -> None:

@@ -94,37 +94,40 @@ class DilatedDepthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         if self.stride == 2:
-            return F.conv2d(phase(x, 0), self.weight, None, 1, self.pad, 1, c)
+            return F.conv2d(phases(x, 0)[0], self.weight, None, 1, self.pad, 1, c)
         if h % 2 or w % 2:
             return F.conv2d(x, self.weight, None, 1, 2 * self.pad, 2, c)
         # (b, h/2, 2, w/2, 2, c) -> (b, 2, 2, h/2, w/2, c): phases become batch entries.
         nhwc = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c)
-        phases = nhwc.permute(0, 2, 4, 1, 3, 5).reshape(4 * b, h // 2, w // 2, c)
-        y = F.conv2d(phases.permute(0, 3, 1, 2), self.weight, None, 1, self.pad, 1, c)
+        images = nhwc.permute(0, 2, 4, 1, 3, 5).reshape(4 * b, h // 2, w // 2, c)
+        y = F.conv2d(images.permute(0, 3, 1, 2), self.weight, None, 1, self.pad, 1, c)
         nhwc = y.permute(0, 2, 3, 1).reshape(b, 2, 2, h // 2, w // 2, c)
         return nhwc.permute(0, 3, 1, 4, 2, 5).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
-class _Phase(torch.autograd.Function):
-    """``x[:, :, start::2, start::2]``, dense, with one zero-filled gradient instead of two."""
+class _Phases(torch.autograd.Function):
+    """``x[:, :, k::2, k::2]`` for each start k, dense, with one gradient filled for all."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, start: int) -> Tensor:
-        ctx.like, ctx.start = x.shape, start
-        return x[:, :, start::2, start::2].contiguous(memory_format=torch.channels_last)
+    def forward(ctx: Any, x: Tensor, *starts: int) -> tuple[Tensor, ...]:
+        ctx.like, ctx.starts = x.shape, starts
+        return tuple(
+            x[:, :, k::2, k::2].contiguous(memory_format=torch.channels_last) for k in starts
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         b, c, h, w = ctx.like
         out = grads[0].new_zeros((b, h, w, c)).permute(0, 3, 1, 2)
-        out[:, :, ctx.start :: 2, ctx.start :: 2] = grads[0]
-        return out, None
+        for k, grad in zip(ctx.starts, grads, strict=True):
+            out[:, :, k::2, k::2] = grad
+        return (out, *(None for _ in grads))
 
 
-def phase(x: Tensor, start: int) -> Tensor:
-    """Every second pixel of each axis, from ``start`` (0 or 1) on, dense in channels-last."""
-    apply: Callable[..., Tensor] = _Phase.apply
-    return apply(x, start)
+def phases(x: Tensor, *starts: int) -> tuple[Tensor, ...]:
+    """Every second pixel of each axis, from each start (0 or 1) on, dense in channels-last."""
+    apply: Callable[..., tuple[Tensor, ...]] = _Phases.apply
+    return apply(x, *starts)
 
 
 class ConvBN(nn.Module):
@@ -155,9 +158,10 @@ class FactorizedReduction(nn.Module):
         self.bn = BatchNorm(outputs, shared)
 
     def forward(self, relu: Tensor, columns: Tensor | None = None) -> Tensor:
+        even, odd = phases(relu, 0, 1)
         halves = [
-            F.conv2d(phase(relu, 0), pick(self.even.weight, columns)),
-            F.conv2d(phase(relu, 1), pick(self.odd.weight, columns)),
+            F.conv2d(even, pick(self.even.weight, columns)),
+            F.conv2d(odd, pick(self.odd.weight, columns)),
         ]
         out: Tensor = self.bn(cat(halves))
         return out

@@ -21,7 +21,7 @@ from natlib.operations import (
     build,
     cat,
     max_pool,
-    phase,
+    phases,
     pick,
     takes_relu,
 )
@@ -294,7 +294,7 @@ def test_dilated_convolution_of_any_size(k: int, stride: int, h: int, w: int, la
 @given(st.sampled_from([0, 1]), sides, sides)
 def test_phase_is_a_slice(start: int, h: int, w: int) -> None:
     a, b = (normal(2, 3, h, w).requires_grad_() for _ in range(2))
-    out, expected = phase(a, start), b[:, :, start::2, start::2]
+    out, expected = phases(a, start)[0], b[:, :, start::2, start::2]
     assert torch.equal(out, expected)
     assert out.is_contiguous(memory_format=torch.channels_last)
     upstream = normal(*expected.shape, seed=1, last=False)
@@ -326,8 +326,8 @@ def test_cat_takes_one_tensor_twice_and_parts_without_gradient() -> None:
 
 def test_own_gradients_pass_numerical_differentiation() -> None:
     x = normal(1, 2, 5, 4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda t: phase(t, 0), (x,))
-    assert torch.autograd.gradcheck(lambda t: phase(t, 1), (x,))
+    assert torch.autograd.gradcheck(lambda t: phases(t, 0)[0], (x,))
+    assert torch.autograd.gradcheck(lambda t: phases(t, 0, 1), (x,))
     assert torch.autograd.gradcheck(lambda t: cat([t, 2 * t]), (x,))
     assert torch.autograd.gradcheck(lambda t: average_pool(t, 3, 2), (x,))
 
