@@ -135,8 +135,6 @@ class Run:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write ``state`` (tensors, numbers, strings and containers of them) for a later resume."""
-        import torch
-
         content = {
             "key": self.key,
             "seconds": self.wall_seconds,
@@ -145,8 +143,7 @@ class Run:
             "artifacts": {name: asdict(value) for name, value in self.artifacts.items()},
             "state": state,
         }
-        with replacing(self._checkpoint) as temporary:
-            torch.save(content, temporary)
+        _save(content, self._checkpoint)
         self._saved = time.monotonic()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -185,13 +182,10 @@ class Run:
 
     def save_artifact(self, name: str, value: Any) -> None:
         """Save ``value`` (as for a checkpoint) as a file that stays beside the record."""
-        import torch
-
         if not re.fullmatch(r"[a-z0-9_]+", name) or name == "checkpoint":
             raise NatlibError(f"artifact name {name!r}: use lower-case letters, digits and _")
         file = self.directory / f"{name}.pt"
-        with replacing(file) as temporary:
-            torch.save(value, temporary)
+        _save(value, file)
         stat = file.stat()
         self.artifacts[name] = Artifact(file.name, _sha256(file, stat.st_mtime_ns), stat.st_size)
 
@@ -583,6 +577,15 @@ def _sha256(file: Path, mtime_ns: int) -> str:
     """Return the checksum of ``file``; the time is there so that a changed file is read again."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _save(value: Any, target: Path) -> None:
+    """Write ``value`` to ``target``, all or nothing."""
+    import torch
+
+    # Given a path, torch would write its name into the file: equal values, other bytes.
+    with replacing(target) as temporary, temporary.open("wb") as stream:
+        torch.save(value, stream)
 
 
 def _timestamp(iso: str) -> float:

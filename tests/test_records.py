@@ -247,10 +247,12 @@ def test_checkpoints_are_due_after_their_time(tmp_path: Path) -> None:
 def test_many_records_do_not_depend_on_workers(store: RunStore, tmp_path: Path) -> None:
     configs = [Walk(seed=s) for s in (3, 1, 2, 1)]
     two = store.run_many("walk", configs, bodies.walk, workers=2, **PLAIN)
-    one = RunStore(tmp_path / "one").run_many("walk", configs, bodies.walk, workers=1, **PLAIN)
+    alone = replace(store, root=tmp_path / "one")
+    one = alone.run_many("walk", configs, bodies.walk, workers=1, **PLAIN)
     assert [r.config["seed"] for r in two] == [3, 1, 2, 1]
     assert [r.key for r in two] == [r.key for r in one]
     assert [r.result for r in two] == [r.result for r in one]
+    assert [r.artifacts for r in two] == [r.artifacts for r in one]  # the same bytes
     assert {r.provenance["threads"] for r in one + two} == {1}
     assert store.run_many("walk", configs, bodies.walk, workers=1, **PLAIN) == two
 
