@@ -202,6 +202,11 @@ class PolicyConfig:
     gcn: GCNConfig = field(default_factory=GCNConfig)
     first_snapshot: int = 0
 
+    def __post_init__(self) -> None:
+        last = self.supernet.snapshots - 1
+        if not 0 <= self.first_snapshot <= last:
+            raise NatlibError(f"first_snapshot = {self.first_snapshot}; allowed are 0..{last}")
+
 
 def load_supernet(config: SupernetConfig, key: str, snapshot: int = -1) -> CellNetwork:
     """Rebuild a trained supernet from its record, ``snapshot`` counted as in a list.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+@lru_cache(maxsize=256)
 def normalised(source: str) -> str:
     """Return ``source`` without comments, docstrings and layout.
 
@@ -31,7 +33,8 @@ def normalised(source: str) -> str:
     return ast.unparse(tree)
 
 
-def imported_names(source: str) -> set[str]:
+@lru_cache(maxsize=256)
+def imported_names(source: str) -> frozenset[str]:
     """Return the dotted names of ``source``'s import statements, those inside functions too.
 
     ``from a import b`` gives both ``a`` and ``a.b``, since ``b`` may be a module.
@@ -39,7 +42,7 @@ def imported_names(source: str) -> set[str]:
     try:
         tree = ast.parse(source)
     except SyntaxError:
-        return set()
+        return frozenset()
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -47,7 +50,7 @@ def imported_names(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
+    return frozenset(names)
 
 
 def module_files(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
