@@ -18,6 +18,9 @@ SCALES := smoke reduced extended paper
 GRAPH   = $(PY) scripts/graph.py --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS))
 EXECUTE = $(MAKE) --no-print-directory -f .make/graph.mk
 
+# The runner ends when this make was killed.
+export NATLIB_MAKE := $(shell echo $$PPID)
+
 REPORT = runs/transform/$(basename $(notdir $(GENOTYPE))).ipynb
 
 ifeq ($(filter $(SCALES),$(SCALE)),)

@@ -44,6 +44,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 IMPORTED = time.time()
 
 Body = Callable[["Run"], dict[str, Any]]
+Watch = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -308,13 +309,15 @@ class RunStore:
         data: str,
         inputs: Mapping[str, str] | None = None,
         workers: int,
+        watch: Watch | None = None,
     ) -> list[Record]:
         """Return the records of ``configs``, in order, computing what is missing side by side.
 
         As ``run``, in up to ``workers`` processes of ``threads`` threads each, so that records do
         not depend on ``workers``. ``body`` must be a function at the top level of a module. When
         one fails the others are still computed and recorded; then the first error is raised, naming
-        its configuration.
+        its configuration. ``watch`` is called with how many of the missing records are done, and
+        how many there were.
         """
         if workers < 1:
             raise NatlibError(f"workers={workers}: give at least 1")
@@ -325,27 +328,33 @@ class RunStore:
         if missing:
             _require_importable(body)
             jobs = [Job(kind, k, c, body, recipe, data, inputs) for k, c in missing.items()]
-            found |= self._compute_here(jobs) if workers == 1 else self._compute_in(workers, jobs)
+            found |= (
+                self._compute_here(jobs, watch)
+                if workers == 1
+                else self._compute_in(workers, jobs, watch)
+            )
         records = [record for key in keys if (record := found[key])]
         _note_use(records)
         return records
 
-    def _compute_here(self, jobs: Sequence[Job]) -> dict[str, Record]:
+    def _compute_here(self, jobs: Sequence[Job], watch: Watch | None = None) -> dict[str, Record]:
         """Compute the records of ``jobs`` one after the other in this process."""
         done: dict[str, Record] = {}
         errors: list[tuple[Job, Exception]] = []
         with _threads(self.threads):
             for number, job in enumerate(jobs):
-                _report(job.kind, "", number, len(jobs))
+                _report_group(job.kind, number, len(jobs), watch)
                 try:
                     done[job.key] = self._compute(job)
                 except Exception as error:
                     errors.append((job, error))
-        _report(jobs[0].kind, "", len(jobs), len(jobs))
+        _report_group(jobs[0].kind, len(jobs), len(jobs), watch)
         _raise_first(errors, len(jobs))
         return done
 
-    def _compute_in(self, workers: int, jobs: Sequence[Job]) -> dict[str, Record]:
+    def _compute_in(
+        self, workers: int, jobs: Sequence[Job], watch: Watch | None = None
+    ) -> dict[str, Record]:
         """Compute the records of ``jobs`` in up to ``workers`` spawned processes."""
         context = get_context("spawn")
         # The workers read from a pipe that nobody writes to: it ends when this process closes it
@@ -360,7 +369,7 @@ class RunStore:
         done: dict[str, Record] = {}
         errors: list[tuple[Job, Exception]] = []
         try:
-            _report(jobs[0].kind, "", 0, len(jobs))
+            _report_group(jobs[0].kind, 0, len(jobs), watch)
             futures = {pool.submit(self._compute, job): job for job in jobs}
             for number, future in enumerate(as_completed(futures), 1):
                 job = futures[future]
@@ -373,7 +382,7 @@ class RunStore:
                     ) from error
                 except Exception as error:
                     errors.append((job, error))
-                _report(job.kind, "", number, len(jobs))
+                _report_group(job.kind, number, len(jobs), watch)
             pool.shutdown()
         finally:
             ours.close()
@@ -667,6 +676,13 @@ def _report(kind: str, label: str, done: float, total: float) -> None:
     if file := os.environ.get("NATLIB_PROGRESS"):
         task = f"{kind} {label}".strip()
         _append_line(file, {"task": task, "done": done, "total": total, "time": time.time()})
+
+
+def _report_group(kind: str, done: int, total: int, watch: Watch | None) -> None:
+    """Tell the runner, and ``watch``, how many records of a group are computed."""
+    _report(kind, "", done, total)
+    if watch is not None:
+        watch(done, total)
 
 
 def _note_use(records: Sequence[Record]) -> None:

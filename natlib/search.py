@@ -182,8 +182,11 @@ class PolicyConfig:
 
     ``supernet_key`` is the record of ``supernet``. Each update draws ``architectures`` inputs,
     ``rollouts`` rewritings of each, and ``reward_images`` search images; Adam maximises
-    (R - baseline) log pi + ``entropy_weight`` H, where R is the accuracy gained (0..1) and the
-    baseline a moving average of R. Defaults are the published settings.
+    (R - baseline) log pi + ``entropy_weight`` H, where R is the accuracy gained (0..1). The
+    ``baseline`` is "moving", a moving average of R, or "rollouts", the mean R of the other
+    rewritings of the same input, which also takes out how much each input leaves to gain. Defaults
+    are the published settings. Raises NatlibError on another baseline, on "rollouts" with fewer
+    than two, and on a ``first_snapshot`` that the supernet does not keep.
     """
 
     supernet: SupernetConfig
@@ -198,11 +201,16 @@ class PolicyConfig:
     betas: tuple[float, float] = (0.5, 0.999)
     weight_decay: float = 5e-4
     entropy_weight: float = 0.003
+    baseline: str = "moving"
     baseline_decay: float = 0.99
     gcn: GCNConfig = field(default_factory=GCNConfig)
     first_snapshot: int = 0
 
     def __post_init__(self) -> None:
+        if self.baseline not in ("moving", "rollouts"):
+            raise NatlibError(f"baseline {self.baseline!r} is not one of 'moving', 'rollouts'")
+        if self.baseline == "rollouts" and self.rollouts < 2:
+            raise NatlibError(f"baseline 'rollouts' needs 2 rollouts or more, not {self.rollouts}")
         last = self.supernet.snapshots - 1
         if not 0 <= self.first_snapshot <= last:
             raise NatlibError(f"first_snapshot = {self.first_snapshot}; allowed are 0..{last}")
@@ -247,19 +255,26 @@ def policy_step(
     entropy_weight: float,
     baseline_decay: float,
     generator: torch.Generator,
+    among_rollouts: bool = False,
 ) -> dict[str, float]:
     """One REINFORCE update; ``reward`` takes inputs and outputs, equally many, gives R of each.
 
     Returns the mean reward, the mean entropy of an architecture's transitions (nats) and the new
-    baseline: a moving average of the rewards themselves, started at the first mean. Source: NAT,
-    Sec. 4.3, Eqs. 9-10.
+    baseline: a moving average of the rewards themselves, started at the first mean. With
+    ``among_rollouts`` each reward is compared with the mean of its input's other rollouts instead.
+    Source: NAT, Sec. 4.3, Eqs. 9-10.
     """
     repeated = [g for g in inputs for _ in range(rollouts)]
     rollout = policy.sample(repeated, generator)
     rewards = torch.tensor(reward(repeated, rollout.genotypes), dtype=torch.float32)
     mean = float(rewards.mean())
     baseline = mean if baseline is None else baseline
-    advantage = rewards - baseline
+    if among_rollouts:
+        groups = rewards.view(len(inputs), rollouts)
+        others = (groups.sum(1, keepdim=True) - groups) / (rollouts - 1)
+        advantage = (groups - others).flatten()
+    else:
+        advantage = rewards - baseline
     gain = (advantage * rollout.log_probability).mean()
     entropy = rollout.entropy.mean()
     optimizer.zero_grad(set_to_none=True)
@@ -373,6 +388,7 @@ def train_policy(run: Run) -> dict[str, Any]:
             config.entropy_weight,
             config.baseline_decay,
             generator,
+            config.baseline == "rollouts",
         )
         baseline = step["baseline"]
         for name, values in log.items():

@@ -208,11 +208,11 @@ def sgd_step(
     optimizer.step()
 
 
-def train_standalone(run: Run) -> dict[str, Any]:
-    """Train a ``TrainConfig`` from scratch; body of records of kind "train".
+def fit(run: Run) -> tuple[CellNetwork, list[float]]:
+    """Train the ``TrainConfig`` of a run from scratch, resuming from its last checkpoint.
 
-    Returns accuracies in 0..1: ``report_accuracy`` (validation) and ``test_accuracy``, the loss of
-    each epoch, params and MAdds. The trained weights are the artifact "weights".
+    Returns the network in evaluation mode and the mean training loss of each epoch. Raises
+    NatlibError if training diverges.
     """
     config: TrainConfig = run.config
     parts = splits(config.data)
@@ -253,7 +253,18 @@ def train_standalone(run: Run) -> dict[str, Any]:
                     "losses": losses,
                 }
             )
-    network.eval()
+    return network.eval(), losses
+
+
+def train_standalone(run: Run) -> dict[str, Any]:
+    """Train a ``TrainConfig`` from scratch; body of records of kind "train".
+
+    Returns accuracies in 0..1: ``report_accuracy`` (validation) and ``test_accuracy``, the loss of
+    each epoch, params and MAdds. The trained weights are the artifact "weights".
+    """
+    config: TrainConfig = run.config
+    network, losses = fit(run)
+    parts = splits(config.data)
     run.save_artifact("weights", network.state_dict())
     cost = network_cost(config.genotype, config.macro)
     return {

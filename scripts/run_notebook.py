@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import re
@@ -248,17 +249,18 @@ def finish(partial: Path, target: Path, source: Any, about: dict[str, Any]) -> N
     partial.unlink()
 
 
-def end_with_make() -> None:
-    """End this process soon after the make that started it was killed; the kernel follows."""
+def end_with_make(outermost: int) -> None:
+    """End this process soon after a make that it runs under was killed; the kernel follows."""
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        with contextlib.suppress(ProcessLookupError):
+            while os.getppid() == parent:
+                os.kill(outermost, 0)  # sends nothing, fails when there is no such process
+                time.sleep(1)
         os._exit(1)
 
-    if "MAKELEVEL" in os.environ:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run(name: str, target: Path, parameters: dict[str, Any], expected: float) -> int:
@@ -310,7 +312,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="PARAMETER=VALUE")
     parser.add_argument("--output", type=Path, help="default: book/executed/NAME.ipynb")
     arguments = parser.parse_args()
-    end_with_make()
+    if make := os.environ.get("NATLIB_MAKE"):
+        end_with_make(int(make))
 
     name, scale = arguments.name, arguments.scale
     experiments = read_experiments()

@@ -83,14 +83,16 @@ def supernet_forward(supernet: CellNetwork, images: Tensor, genotype: Genotype) 
     """Compute what ``supernet(images, genotype)`` computes, for cells that concatenate all nodes.
 
     ``images`` (B, C, H, W) in contiguous memory; returns logits (B, classes) with gradients to the
-    supernet's parameters. The 13 primitives of NAT++ only.
+    supernet's parameters. The 13 primitives of NAT++ only. Takes a standalone network too, in
+    training, with its own genotype: any concat, no edge twice.
     """
     w = {n: p.contiguous() for n, p in supernet.named_parameters()}
     x = _norm(F.conv2d(images, w["stem.weight"], padding=1), w, "stem_bn")
     before, last = x, x
     for i, place in enumerate(supernet.macro.positions()):
         cell = genotype.reduce if place.kind == "reduce" else genotype.normal
-        assert cell.concat == tuple(range(INPUTS, INPUTS + cell.nodes))
+        everyone = tuple(range(INPUTS, INPUTS + cell.nodes))
+        assert supernet.nodes is None or cell.concat == everyone
         s0 = _input_layer(before, w, f"cells.{i}.inputs.0", place.halve)
         s1 = _input_layer(last, w, f"cells.{i}.inputs.1", False)
         before, last = last, _run_cell(s0, s1, cell, place.kind, w, f"cells.{i}")

@@ -287,6 +287,32 @@ def test_baseline_is_a_moving_average_of_the_rewards_themselves() -> None:
     assert baseline > 0.99
 
 
+def test_among_rollouts_what_an_input_leaves_to_gain_does_not_count() -> None:
+    policy, optimizer = learner(lr=0.1)
+    assert isinstance(policy.logits, nn.Module)
+    before = [p.clone() for p in policy.logits.parameters()]
+    inputs = random_genotypes(3)
+    # Every rewriting of an input earns the same: there is nothing to learn.
+    worth = {g: float(i) for i, g in enumerate(inputs)}
+    step(
+        policy, optimizer, lambda b, a: [worth[g] for g in b],
+        inputs=inputs, rollouts=4, among_rollouts=True,
+    )  # fmt: skip
+    after = list(policy.logits.parameters())
+    assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(before, after, strict=True))
+    step(policy, optimizer, lambda b, a: [worth[g] for g in b], inputs=inputs, rollouts=4)
+    assert not all(torch.allclose(p, q, atol=1e-7) for p, q in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"baseline": "mean"}, "'mean'"), ({"baseline": "rollouts", "rollouts": 1}, "not 1")],
+)
+def test_baselines_that_cannot_be_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(NatlibError, match=words):
+        PolicyConfig(SUPERNET, "key", "nat", 0, 1, **given)
+
+
 def test_baseline_converges_to_the_mean_of_noisy_rewards() -> None:
     policy, optimizer = learner()
     draw = random.Random(0)
