@@ -280,6 +280,27 @@ def test_killed_in_the_middle_and_started_again(project: Project) -> None:
     assert {entry["key"] for entry in used} == {p.parent.name for p in runs.glob("*/*/record.json")}
 
 
+def test_the_run_ends_with_the_make_that_it_runs_under(project: Project) -> None:
+    write = "open('reached', 'w').write(str(os.getpid()))"
+    project.notebook("one", f"import os, time\n{write}\ntime.sleep(600)")
+    make = subprocess.Popen(["sleep", "600"])
+    command = [sys.executable, str(SCRIPTS / "run_notebook.py"), "one", "--scale", "smoke"]
+    environment = {**os.environ, "NATLIB_MAKE": str(make.pid)}
+    process = subprocess.Popen(command, cwd=project.root, env=environment)
+    reached = project.root / "reached"
+    while not (reached.exists() and reached.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    make.kill()
+    make.wait()
+    assert process.wait(timeout=60) == 1
+    kernel = Path(f"/proc/{reached.read_text().strip()}")
+    end = time.monotonic() + 60
+    while kernel.exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_an_interrupt_stops_the_run_and_says_how_to_go_on(project: Project) -> None:
     project.notebook("one", "import time\nopen('reached', 'w')\ntime.sleep(600)")
     command = [sys.executable, str(SCRIPTS / "run_notebook.py"), "one", "--scale", "smoke"]
