@@ -25,8 +25,9 @@ from scipy import stats
 
 from natlib import NatlibError
 from natlib.files import replacing
-from natlib.records import REPOSITORY, Record, read_record, read_reference
+from natlib.records import Record, read_record, read_reference
 
+REFERENCE = Path("results/reference")
 LEVEL = 0.001
 ROUNDING = 1e-6  # relative; float32 sums in another order
 
@@ -110,15 +111,16 @@ def tolerance(groups: list[list[float]]) -> float | None:
     return float(stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(2 * squares / freedom))
 
 
-def judge(reference: float | str, here: float | str, allowed: float | None, exact: bool) -> str:
-    """Return the verdict on one cell: same, inside, OUTSIDE or not judged."""
+def judge(reference: float | str, here: float | str, allowed: float | None) -> str:
+    """Return the verdict on one cell: same, inside, OUTSIDE or (without tolerance) not judged."""
     if isinstance(reference, str) or isinstance(here, str):
-        same = reference == here
+        same = inside = reference == here
     else:
         same = math.isclose(reference, here, rel_tol=ROUNDING, abs_tol=ROUNDING)
-        if not same and not exact and allowed is not None:
-            return "inside" if abs(reference - here) <= allowed else "OUTSIDE"
-    return "same" if same else "OUTSIDE" if exact else "not judged"
+        inside = abs(reference - here) <= (allowed or 0)
+    if same:
+        return "same"
+    return "not judged" if allowed is None else "inside" if inside else "OUTSIDE"
 
 
 def used_records(scale: str) -> list[Record]:
@@ -134,7 +136,7 @@ def used_records(scale: str) -> list[Record]:
 
 def folder_of(scale: str) -> Path:
     """Return where the reference of ``scale`` is recorded."""
-    return REPOSITORY / "results" / "reference" / scale
+    return REFERENCE / scale
 
 
 def record_reference(scale: str) -> int:
@@ -162,7 +164,7 @@ def record_reference(scale: str) -> int:
 
 def verify(scale: str) -> int:
     """Print how this machine's results compare; return 1 where a cell is outside."""
-    references = read_reference(scale)
+    references = read_reference(scale, Path())
     if not references:
         raise NatlibError(f"no reference of scale {scale} is recorded in {folder_of(scale)}")
     limits: Tolerances = json.loads((folder_of(scale) / "tolerances.json").read_text())
@@ -174,8 +176,8 @@ def verify(scale: str) -> int:
         mine = cells(here[reference.key].result)
         exact = is_exact(reference)
         for metric, value in cells(reference.result).items():
-            allowed = None if exact else limits.get(reference.kind, {}).get(metric)
-            verdict = judge(value, mine.get(metric, "missing"), allowed, exact)
+            allowed = 0.0 if exact else limits.get(reference.kind, {}).get(metric)
+            verdict = judge(value, mine.get(metric, "missing"), allowed)
             rows.append(
                 (reference.kind, reference.key, metric, value, mine.get(metric), allowed, verdict)
             )
@@ -200,16 +202,16 @@ def verify(scale: str) -> int:
 
 def print_table(rows: list[tuple[Any, ...]]) -> None:
     """Print one line for each kind and metric, and one for each cell that is outside."""
+    print(f"{'kind':<12} {'metric':<48} {'tolerance':>12}   cells")
     groups: dict[tuple[str, str], list[tuple[Any, ...]]] = defaultdict(list)
     for row in rows:
         groups[row[0], row[2]].append(row)
     for (kind, metric), members in sorted(groups.items()):
         verdicts = Counter(row[-1] for row in members)
-        seeded = verdicts["not judged"] > 0
         counts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(verdicts.items()))
         allowed = members[0][5]
-        limit = f"± {allowed:.4g}" if allowed is not None else "one seed" if seeded else "exact"
-        print(f"{kind:<20} {metric:<40} {limit:>12}   {counts}")
+        limit = "none" if allowed is None else f"± {allowed:.4g}" if allowed else "exact"
+        print(f"{kind:<12} {metric:<48} {limit:>12}   {counts}")
         for _, key, _, reference, mine, _, verdict in members:
             if verdict == "OUTSIDE":
                 print(f"    {key}: recorded {reference}, here {mine}")

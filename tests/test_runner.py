@@ -433,15 +433,11 @@ class Verified:
 
 @pytest.fixture
 def verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return scripts/verify.py as a module whose reference and records lie in a folder apart."""
+    """Return scripts/verify.py as a module, in a repository of its own."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.chdir(tmp_path)
     import verify
 
-    monkeypatch.setattr(verify, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(verify, "RUNS", tmp_path / "runs")
-    read = verify.read_reference
-    monkeypatch.setattr(verify, "read_reference", lambda scale: read(scale, tmp_path))
     return verify
 
 
@@ -533,7 +529,7 @@ def test_stale_lists_records_of_older_source(project: Project) -> None:
 def test_reference_holds_no_artifacts(verifier: Any, tmp_path: Path) -> None:
     made = Verified(tmp_path).records
     verifier.record_reference("smoke")
-    read: list[Record] = verifier.read_reference("smoke")
+    read: list[Record] = verifier.read_reference("smoke", tmp_path)
     assert {r.key for r in read} == {r.key for r in made}
     assert replace(read[0], path=made[0].path, artifacts={}) in [
         replace(r, artifacts={}, path=made[0].path) for r in made
