@@ -15,7 +15,7 @@ from natlib.sources import imported_names
 
 PACKAGE = Path(natlib.__file__).parent
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
-DRAW = {"report", "drawing"}
+DRAW = {"report", "drawing", "speed"}
 HEAVY = {"torchvision", "matplotlib", "seaborn", "pandas", "scipy", "PIL", "IPython", "myst_nb"}
 DATA_ONLY = ["errors", "primitives", "genotype", "zoo", "transitions", "macro", "cost"]
 
