@@ -87,9 +87,7 @@ transform: $(SETUP) ## your own architecture, GENOTYPE=cell.json, through the tr
 	@$(EXECUTE) upstream
 	@$(PY) scripts/run_notebook.py 05_transform --scale $(SCALE) \
 	  $(if $(WORKERS),--workers $(WORKERS)) --set genotype="$(GENOTYPE)" --output $(REPORT)
-	@$(PY) -m nbconvert --log-level ERROR --to html --no-input \
-	  --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= $(REPORT)
-	@echo "the report: $(CURDIR)/$(REPORT:.ipynb=.html)"
+	@$(PY) scripts/page.py $(REPORT)
 
 book: $(SETUP) ## build the book from the executed notebooks; trains nothing
 	@$(PY) scripts/refresh.py

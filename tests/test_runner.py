@@ -388,6 +388,23 @@ def test_edited_prose_reaches_the_executed_copy_without_a_run(project: Project) 
     assert "Better prose." in [cell.source for cell in project.executed("one").cells]
 
 
+def test_a_page_of_its_own_reads_without_the_book(project: Project) -> None:
+    glue = "from myst_nb import glue\nimport numpy as np\nglue('n', 3, display=False)\n"
+    glue += "glue('gain', np.float64(1.25), display=False)\nglue('who', 'ours', display=False)"
+    prose = (
+        "{glue:text}`who` gains {glue:text}`gain:.1f` ({glue:text}`n:d` seeds) "
+        "{cite:p}`guo2019nat`; see [the next](two.ipynb)."
+    )
+    project.notebook("one", glue, prose=prose)
+    assert project.run("one").returncode == 0
+    done = project.script("page", "book/executed/one.ipynb")
+    assert done.returncode == 0, done.stderr
+    page = (project.root / "book" / "executed" / "one.html").read_text()
+    assert "<p>ours gains 1.2 (3 seeds); see the next.</p>" in page
+    assert "import numpy" not in page
+    assert "<script src=" not in page
+
+
 # --- the Makefile ---------------------------------------------------------------------------------
 
 
