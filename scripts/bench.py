@@ -82,7 +82,7 @@ class Plan:
     architectures: int = 4
     matrix: int = 2048
     megabytes: int = 512
-    derive_images: int = 250
+    derive_images: int = 125
     cells: tuple[int, ...] = (3, 6, 9, 12, 18)
     channels: tuple[int, ...] = (8, 12, 16, 24, 32, 48)
     policy_genotypes: tuple[int, ...] = (1, 4, 16, 64, 128, 256)
