@@ -63,7 +63,7 @@ def main() -> int:
     )
     html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": source.stem}})
     target = source.with_suffix(".html")
-    write_text(target, html.replace('<script src=""></script>', ""))
+    write_text(target, html)
     print(f"the report: {target.resolve()}")
     return 0
 
