@@ -605,7 +605,7 @@ def peak_memory(bench: Bench) -> None:
     plan = bench.plan
     size = plan.sizes[0]
     found: dict[bool, list[float]] = {}
-    with processes(1, fresh=True) as pool:
+    with processes(1, fresh=True, forked=False) as pool:
         for literal in (False, True):
             jobs = [pool.submit(step_memory, size, plan.architectures, literal) for _ in range(2)]
             found[literal] = [job.result()[1] for job in jobs]

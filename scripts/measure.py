@@ -216,14 +216,16 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
 # Fresh processes -----------------------------------------------------------------------------
 
 
-def processes(count: int, *, fresh: bool = False) -> ProcessPoolExecutor:
+def processes(count: int, *, fresh: bool = False, forked: bool = True) -> ProcessPoolExecutor:
     """Return ``count`` processes with one thread each; ``fresh`` ones serve one call only.
 
     They are forked from a process that has imported what takes seconds (PyTorch's optimizers
-    import ``torch._dynamo``) and computed nothing.
+    import ``torch._dynamo``) and computed nothing; code that it shares with them is not in their
+    resident memory. Without ``forked`` they import everything themselves, and it is.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "natlib.search", "nbformat"])
+    context: Any = get_context("forkserver" if forked else "spawn")
+    if forked:
+        context.set_forkserver_preload(["torch._dynamo", "natlib.search", "nbformat"])
     return ProcessPoolExecutor(
         count,
         mp_context=context,
