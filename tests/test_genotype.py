@@ -313,6 +313,18 @@ def test_fingerprint_ignores_the_order_of_edges_and_of_concat(
 
 
 @given(cells(PRIMITIVES, nodes=(2, 3, 4)))
+@example(
+    # Two alike nodes, read by two alike nodes: only together may they change places.
+    Cell(
+        (
+            Edge(0, 2, "conv_1x1"),
+            Edge(0, 3, "conv_1x1"),
+            Edge(2, 4, "skip_connect"),
+            Edge(3, 5, "skip_connect"),
+        ),
+        (2, 3, 4, 5),
+    )
+)
 def test_fingerprint_ignores_the_numbers_of_nodes(cell: Cell) -> None:
     others = [
         other
