@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from hypothesis import settings
 
 settings.register_profile("natlib", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("natlib")
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start
+# inherits that; the tests of interrupts need the ordinary behaviour.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
