@@ -327,7 +327,8 @@ def test_baseline_converges_to_the_mean_of_noisy_rewards() -> None:
     assert abs(sum(seen[100:]) / 300 - 0.3) < 0.01
 
 
-def test_a_step_descends_the_published_gradient() -> None:
+@pytest.mark.parametrize("among", [False, True])
+def test_a_step_descends_the_published_gradient(among: bool) -> None:
     inputs, weight, baseline = random_genotypes(3), 0.01, 0.2
     rewards = [0.1, 0.5, -0.2, 0.0, 0.3, 0.7]
     policy, optimizer = learner(lr=0.5)
@@ -335,6 +336,8 @@ def test_a_step_descends_the_published_gradient() -> None:
     before = [p.detach().clone() for p in policy.logits.parameters()]
     rollout = policy.sample([g for g in inputs for _ in range(2)], generator(5))
     advantage = torch.tensor(rewards) - baseline
+    if among:  # each of two rollouts less the other
+        advantage = torch.tensor([-0.4, 0.4, -0.2, 0.2, -0.4, 0.4])
     objective = (advantage * rollout.log_probability).mean() + weight * rollout.entropy.mean()
     gradient = torch.autograd.grad(objective, list(policy.logits.parameters()))
     asked: list[Any] = []
@@ -345,7 +348,7 @@ def test_a_step_descends_the_published_gradient() -> None:
 
     out = step(
         policy, optimizer, reward, inputs=inputs, baseline=baseline, entropy_weight=weight,
-        generator=generator(5),
+        generator=generator(5), among_rollouts=among,
     )  # fmt: skip
     assert asked == [([g for g in inputs for _ in range(2)], rollout.genotypes)]
     for p, old, g in zip(policy.logits.parameters(), before, gradient, strict=True):
