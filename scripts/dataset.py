@@ -20,11 +20,9 @@ ANSWER = STATE / "dataset.json"
 def folders() -> dict[str, list[str]]:
     """Return what lies in the folders that are searched for images."""
     places = [Path(os.environ[name]) for name in ("NATLIB_DATA",) if os.environ.get(name)]
-    places.append(Path("data"))
     return {
-        str(p): sorted(c.name for c in p.iterdir() if c.name != "cache")
-        for p in places
-        if p.is_dir()
+        str(place): sorted(p.name for p in place.glob("*") if p.name != "cache")
+        for place in [*places, Path("data")]
     }
 
 

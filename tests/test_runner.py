@@ -406,6 +406,20 @@ def test_a_page_of_its_own_reads_without_the_book(project: Project) -> None:
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="[^"#d]', page)  # loads nothing
 
 
+def test_the_chosen_data_set_is_kept_until_what_is_searched_changes(project: Project) -> None:
+    (project.root / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    chosen = project.root / ".make" / "dataset.json"
+    answer = {"name": "cifar10", "checksums": ["1", "2"], "source": "a test", "request": "auto"}
+    chosen.write_text(json.dumps({**answer, "folders": {"data": ["cifar-10-batches-py"]}}))
+    done = project.script("dataset", "auto")
+    assert (done.returncode, done.stdout) == (0, "data set: cifar10 (a test)\n")
+    done = project.script("dataset", "auto", env={"NATLIB_DATA": "/nowhere"})
+    assert (done.returncode, done.stderr) == (1, "error: NATLIB_DATA='/nowhere' is not a folder\n")
+    done = project.script("dataset", "cifar11")
+    assert done.returncode == 1
+    assert "data set 'cifar11' is not one of 'auto', 'cifar10'" in done.stderr
+
+
 # --- the Makefile ---------------------------------------------------------------------------------
 
 
