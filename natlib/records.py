@@ -371,6 +371,9 @@ class RunStore:
         try:
             _report_group(jobs[0].kind, 0, len(jobs), watch)
             futures = {pool.submit(self._compute, job): job for job in jobs}
+            # The pool starts a worker after it told its watching thread of the job; without one
+            # more call that thread may never look at the last worker, nor see it killed.
+            pool.submit(int)
             for number, future in enumerate(as_completed(futures), 1):
                 job = futures[future]
                 try:
