@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from natlib import data
 from natlib.cost import Cost, network_cost
@@ -24,14 +22,11 @@ from natlib.train import (
     DataConfig,
     TrainConfig,
     accuracy,
-    augmented,
-    cosine,
     device,
     macro_for,
-    sgd,
-    sgd_step,
     splits,
     stream,
+    train_epochs,
     train_standalone,
 )
 from natlib.transitions import by_name
@@ -125,54 +120,27 @@ def train_supernet(run: Run) -> dict[str, Any]:
     architectures on ``report`` images. Source: NAT, Sec. 4.3, Algorithm 1.
     """
     config: SupernetConfig = run.config
-    parts = splits(config.data)
-    where = device()
+    report = splits(config.data).report
     network = build_supernet(config)
-    optimizer = sgd(network, config.momentum, config.weight_decay)
-    losses: list[float] = []
-    watched: list[list[float]] = []
-    if state := run.load_checkpoint():
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses, watched = state["losses"], state["watched"]
     watch = stream(config.seed, "watched")
     genotypes = [config.space.sample(watch) for _ in range(config.watched)]
-    size = len(parts.train.labels)
-    steps = size // config.batch
-    for epoch in range(len(losses), config.epochs):
-        generator = stream(config.seed, "epoch", epoch)
-        total = torch.zeros((), device=where)
-        for i, index in enumerate(data.index_batches(size, config.batch, generator)):
-            index = index.to(where)
-            x = augmented(parts.train, index, parts, generator)
-            logits = network(x, config.space.sample(generator))
-            loss = F.cross_entropy(logits, parts.train.labels[index])
-            lr = cosine(epoch * steps + i, config.epochs * steps, config.lr, config.lr_last)
-            sgd_step(network, optimizer, loss, lr, config.clip)
-            total += loss.detach()
-            run.progress(epoch * steps + i + 1, config.epochs * steps)
-        losses.append(float(total) / steps)
-        if not math.isfinite(losses[-1]):
-            raise NatlibError(
-                f"the supernet diverged in epoch {epoch + 1}; try a lower lr than {config.lr}"
-            )
-        if epoch + 1 in config.snapshot_epochs:
+    watched: list[list[float]] = []
+
+    def keep(finished: int) -> None:
+        if finished in config.snapshot_epochs:
             run.save_artifact(f"snapshot_{len(watched)}", network.state_dict())
             watched.append(
-                [
-                    accuracy(network, parts.report.normalised, parts.report.labels, g)
-                    for g in genotypes
-                ]
+                [accuracy(network, report.normalised, report.labels, g) for g in genotypes]
             )
-        if run.checkpoint_due() and epoch + 1 < config.epochs:
-            run.save_checkpoint(
-                {
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "losses": losses,
-                    "watched": watched,
-                }
-            )
+
+    losses = train_epochs(
+        run,
+        network,
+        lambda x, generator: network(x, config.space.sample(generator)),
+        what="the supernet",
+        kept={"watched": watched},
+        after=keep,
+    )
     return {"losses": losses, "watched": watched, "snapshot_epochs": config.snapshot_epochs}
 
 
@@ -301,9 +269,6 @@ def supernet_reward(network: CellNetwork, images: Tensor, labels: Tensor) -> Rew
         return [known[a] - known[b] for b, a in zip(before, after, strict=True)]
 
     return reward
-
-
-FATES = ("kept", "skip", "null", "other")
 
 
 @torch.no_grad()
@@ -565,14 +530,14 @@ def derive_many(run: Run) -> dict[str, Any]:
             reports[g] = accuracy(network, parts.report.normalised, parts.report.labels, g)
         return reports[g]
 
+    policies = [(c.transitions, load_policy(c, key)) for c, key in config.policies]
     for name, genotype in config.genotypes:
         result[name] = {}
-        for policy_config, key in config.policies:
-            rule = policy_config.transitions
-            policy = load_policy(policy_config, key)
+        before = network_cost(genotype, macro)
+        for rule, policy in policies:
             generator = stream(config.seed, "derive", name, rule)
             found = derive(policy, genotype, config.samples, score, macro, generator)
-            before, after = network_cost(genotype, macro), network_cost(found.genotype, macro)
+            after = network_cost(found.genotype, macro)
             result[name][rule] = {
                 "genotype": found.genotype.to_json(),
                 "changed": found.genotype != genotype,

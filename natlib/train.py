@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -208,24 +209,35 @@ def sgd_step(
     optimizer.step()
 
 
-def fit(run: Run) -> tuple[CellNetwork, list[float]]:
-    """Train the ``TrainConfig`` of a run from scratch, resuming from its last checkpoint.
+def train_epochs(
+    run: Run,
+    network: CellNetwork,
+    logits: Callable[[Tensor, torch.Generator], Tensor],
+    *,
+    what: str = "training",
+    cutout: int = 0,
+    kept: Mapping[str, list[Any]] | None = None,
+    after: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Train a network for the epochs that a run still lacks, resuming from its last checkpoint.
 
-    Returns the network in evaluation mode and the mean training loss of each epoch. Raises
-    NatlibError if training diverges.
+    ``run.config`` has ``data``, ``seed``, ``epochs``, ``batch``, ``lr``, ``lr_last``, ``momentum``,
+    ``weight_decay`` and ``clip``. ``logits`` maps an augmented batch, and the epoch's generator, to
+    the network's output. ``after`` is called with the number of finished epochs; the lists in
+    ``kept`` that it fills stand in checkpoints too, and are filled again on resume. Returns the
+    mean training loss of each epoch. Raises NatlibError if training diverges, naming ``what``.
     """
-    config: TrainConfig = run.config
+    config = run.config
     parts = splits(config.data)
     where = device()
-    network = CellNetwork(
-        config.macro, genotype=config.genotype, generator=stream(config.seed, "weights")
-    ).to(where)
     optimizer = sgd(network, config.momentum, config.weight_decay)
-    losses: list[float] = []
+    kept = {"losses": [], **(kept or {})}
+    losses = kept["losses"]
     if state := run.load_checkpoint():
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-        losses = state["losses"]
+        for name, values in kept.items():
+            values[:] = state[name]
     size = len(parts.train.labels)
     steps = size // config.batch
     for epoch in range(len(losses), config.epochs):
@@ -234,8 +246,8 @@ def fit(run: Run) -> tuple[CellNetwork, list[float]]:
         total = torch.zeros((), device=where)
         for i, index in enumerate(data.index_batches(size, config.batch, generator)):
             index = index.to(where)
-            x = augmented(parts.train, index, parts, generator, config.cutout)
-            loss = F.cross_entropy(network(x), parts.train.labels[index])
+            x = augmented(parts.train, index, parts, generator, cutout)
+            loss = F.cross_entropy(logits(x, generator), parts.train.labels[index])
             lr = cosine(epoch * steps + i, config.epochs * steps, config.lr, config.lr_last)
             sgd_step(network, optimizer, loss, lr, config.clip)
             total += loss.detach()
@@ -243,16 +255,32 @@ def fit(run: Run) -> tuple[CellNetwork, list[float]]:
         losses.append(float(total) / steps)
         if not math.isfinite(losses[-1]):
             raise NatlibError(
-                f"training diverged in epoch {epoch + 1}; try a lower lr than {config.lr}"
+                f"{what} diverged in epoch {epoch + 1}; try a lower lr than {config.lr}"
             )
+        if after is not None:
+            after(epoch + 1)
         if run.checkpoint_due() and epoch + 1 < config.epochs:
             run.save_checkpoint(
                 {
                     "network": network.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "losses": losses,
+                    **kept,
                 }
             )
+    return losses
+
+
+def fit(run: Run) -> tuple[CellNetwork, list[float]]:
+    """Train the ``TrainConfig`` of a run from scratch, resuming from its last checkpoint.
+
+    Returns the network in evaluation mode and the mean training loss of each epoch. Raises
+    NatlibError if training diverges.
+    """
+    config: TrainConfig = run.config
+    network = CellNetwork(
+        config.macro, genotype=config.genotype, generator=stream(config.seed, "weights")
+    ).to(device())
+    losses = train_epochs(run, network, lambda x, generator: network(x), cutout=config.cutout)
     return network.eval(), losses
 
 

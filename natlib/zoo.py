@@ -29,3 +29,12 @@ def get(name: str) -> Genotype:
         return ZOO[name]
     except (KeyError, TypeError):
         raise NatlibError(f"unknown genotype {name!r}; allowed are {', '.join(ZOO)}") from None
+
+
+REWRITINGS: tuple[tuple[str, str, str], ...] = tuple(
+    (after.removeprefix(prefix).replace("MobileNetv2", "Mobilenetv2"), after, rule)
+    for after in ZOO
+    for prefix, rule in (("NAT_", "nat"), ("NATv2_", "natpp"))
+    if after.startswith(prefix)
+)
+"""Published rewritings: name before, name after, and the rule (``transitions``) that it claims."""

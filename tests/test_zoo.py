@@ -4,7 +4,8 @@ import pytest
 
 from natlib import NatlibError, zoo
 from natlib.genotype import Genotype
-from natlib.primitives import NAT_PRIMITIVES, PRIMITIVES
+from natlib.primitives import ALL_PRIMITIVES, NAT_PRIMITIVES, PRIMITIVES
+from natlib.transitions import by_name
 from natlib.zoo import SOURCES, ZOO
 
 ORIGINALS = {
@@ -85,3 +86,10 @@ def test_unknown_genotype_is_named_with_what_is_allowed(bad: object) -> None:
 def test_the_zoo_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         ZOO["DARTS"] = ZOO["VGG"]  # type: ignore[index]
+
+
+def test_every_published_rewriting_stands_on_the_graph_of_its_input() -> None:
+    assert len(zoo.REWRITINGS) == sum(name.startswith("NAT") for name in zoo.ZOO) == 17
+    for before, after, rule in zoo.REWRITINGS:
+        assert rule == ("natpp" if after.startswith("NATv2") else "nat")
+        by_name(rule, ALL_PRIMITIVES).violations(zoo.get(before), zoo.get(after))
