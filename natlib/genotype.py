@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ class Edge:
     source: int
     target: int
     primitive: str
+
+
+_edge = cache(Edge)
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,18 @@ class Cell:
     def with_primitives(self, names: Sequence[str]) -> Cell:
         """Return the same graph with the edges' primitives replaced, in the order of ``edges``.
 
-        Raises NatlibError if the number of names is not the number of edges.
+        Raises NatlibError on an unknown primitive, or if the number of names is not that of edges.
         """
         if len(names) != len(self.edges):
             raise NatlibError(f"{len(names)} primitives for {len(self.edges)} edges")
-        edges = tuple(Edge(e.source, e.target, n) for e, n in zip(self.edges, names, strict=True))
-        return Cell(edges, self.concat)
+        # The graph is valid already, so only the names are looked at: policies make thousands.
+        cell = object.__new__(Cell)
+        edges = tuple(
+            _edge(e.source, e.target, primitive(n).name)
+            for e, n in zip(self.edges, names, strict=True)
+        )
+        cell.__dict__.update(edges=edges, concat=self.concat)
+        return cell
 
     def fingerprint(self) -> str:
         """Hash what the cell computes: equal for relabelled nodes, reordered edges, dead parts.

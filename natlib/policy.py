@@ -75,25 +75,31 @@ class CellBatch:
         cells = [cell for g in genotypes for _, cell in g.cells]
         nodes = max(c.nodes for c in cells)
         degree = max(len(group) for c in cells for group in c.in_edges)
-        empty = [[0] * degree] * nodes
-        prims, sources, present = [], [], []
+        prims: list[int] = []
+        sources: list[int] = []
+        present: list[bool] = []
         for c in cells:
-            p, s, m = ([list(row) for row in empty] for _ in range(3))
-            for n, group in enumerate(c.in_edges):
-                for d, e in enumerate(group):
-                    if e.primitive not in index:
-                        raise NatlibError(
-                            f"primitive {e.primitive!r} is not in this policy's search space; "
-                            f"allowed are {', '.join(primitives)}"
-                        )
-                    p[n][d], s[n][d], m[n][d] = index[e.primitive], e.source, 1
-            prims.append(p)
-            sources.append(s)
-            present.append(m)
+            for group in c.in_edges:
+                padding = degree - len(group)
+                try:
+                    prims += [index[e.primitive] for e in group]
+                except KeyError as error:
+                    raise NatlibError(
+                        f"primitive {error} is not in this policy's search space; "
+                        f"allowed are {', '.join(primitives)}"
+                    ) from None
+                prims += [0] * padding
+                sources += [e.source for e in group] + [0] * padding
+                present += [True] * len(group) + [False] * padding
+            padding = (nodes - c.nodes) * degree
+            prims += [0] * padding
+            sources += [0] * padding
+            present += [False] * padding
+        shape = (len(cells), nodes, degree)
         return CellBatch(
-            torch.tensor(prims),
-            torch.tensor(sources),
-            torch.tensor(present, dtype=torch.bool),
+            torch.tensor(prims).view(shape),
+            torch.tensor(sources).view(shape),
+            torch.tensor(present).view(shape),
             torch.tensor([False, True] * len(genotypes)),
         )
 
@@ -101,14 +107,15 @@ class CellBatch:
 def decode(genotypes: Sequence[Genotype], actions: Tensor, names: Sequence[str]) -> list[Genotype]:
     """Put actions (2 len(genotypes), N, D), primitive indexes, onto the genotypes' edges."""
     out = []
-    rows = actions.tolist()
+    width = actions.shape[2]
+    rows = actions.flatten(1).tolist()
     for i, g in enumerate(genotypes):
-        chosen = [
-            names[rows[2 * i + k][n][d]]
-            for k, (_, cell) in enumerate(g.cells)
-            for n, group in enumerate(cell.in_edges)
-            for d in range(len(group))
-        ]
+        chosen = []
+        for k, (_, cell) in enumerate(g.cells):
+            for start, group in zip(
+                range(0, cell.nodes * width, width), cell.in_edges, strict=True
+            ):
+                chosen += [names[a] for a in rows[2 * i + k][start : start + len(group)]]
         out.append(g.with_primitives(chosen))
     return out
 
@@ -224,20 +231,57 @@ class GCNLogits(nn.Module):
         scale = a.sum(2).rsqrt()
         return a * scale[:, :, None] * scale[:, None, :]
 
+    def distinct_rows(self, batch: CellBatch) -> tuple[Tensor, Tensor]:
+        """Codes of the distinct nodes of a batch, and where each node's is (B (N + 2),), int64.
+
+        A node's features depend on its incoming primitives and its cell's type alone, so a batch
+        of any size holds few distinct ones. A code's digits, from the last: the cell's type, then,
+        in base K + 1, one more than the incoming primitive of each slot (0: none); the codes of
+        the two inputs follow those of all nodes.
+        """
+        base = self.primitives + 1
+        powers = 2 * base ** torch.arange(batch.primitives.shape[2], device=batch.sources.device)
+        codes = ((batch.primitives + 1) * batch.present * powers).sum(2)
+        inputs = 2 * base**self.config.degree + 2 * torch.arange(INPUTS).to(codes)
+        codes = torch.cat([inputs.expand(len(batch), -1), codes], 1) + batch.reduction[:, None]
+        distinct, where = torch.unique(codes, return_inverse=True)
+        return distinct, where.flatten()
+
+    def project_nodes(self, codes: Tensor) -> Tensor:
+        """Project the embeddings of nodes of the given codes (R,): (R, feature).
+
+        The projection of a concatenation is a sum with a term for each slot, and every term is one
+        of K: they are computed once.
+        """
+        base, slots, e = self.primitives + 1, self.config.degree, self.config.embedding
+        first = 2 * base**slots
+        powers = 2 * base ** torch.arange(slots, device=codes.device)
+        digits = torch.where(codes[:, None] < first, codes[:, None] // powers % base, 0)
+        which = torch.arange(slots * base, device=codes.device).view(slots, base)[:, 1:].flatten()
+        picks = torch.cat(
+            [
+                F.one_hot(digits, base).flatten(1)[:, which],
+                codes[:, None] // 2 - first // 2 == torch.arange(INPUTS, device=codes.device),
+                F.one_hot(codes % 2, 2),
+            ],
+            1,
+        )
+        by_slot = self.project.weight.view(-1, slots, e).permute(1, 2, 0)
+        terms = torch.bmm(self.edge.weight.view(slots, -1, e), by_slot).flatten(0, 1)
+        whole = torch.cat([self.input.weight, self.kind.weight]) @ self.project.weight.T
+        return torch.addmm(self.project.bias, picks.to(terms.dtype), torch.cat([terms, whole]))
+
     def forward(self, batch: CellBatch) -> Tensor:
         """Compute logits (B, N, D, K); raises NatlibError where a node has too many inputs."""
         b, n, d = batch.primitives.shape
         most, k = self.config.degree, self.primitives
         if d > most:
             raise NatlibError(f"a node has {d} incoming edges; this policy was built for {most}")
-        slots = torch.arange(d, device=batch.primitives.device) * k
-        embedded = self.edge(batch.primitives + slots) * batch.present[..., None]
-        node = F.pad(embedded.flatten(2), (0, (most - d) * self.config.embedding))
-        x = torch.cat([self.input.weight.expand(b, -1, -1), node], 1)
-        x = x + self.kind(batch.reduction.long())[:, None]
-        x = F.relu(self.project(x))
+        rows, where = self.distinct_rows(batch)
+        features = self.first(F.relu(self.project_nodes(rows)))
+        x = features.index_select(0, where).view(b, n + INPUTS, -1)
         a = self.adjacency(batch)
-        hidden = torch.bmm(a, F.relu(torch.bmm(a, self.first(x))) @ self.second.weight.T)
+        hidden = torch.bmm(a, F.relu(torch.bmm(a, x)) @ self.second.weight.T)
         logits: Tensor = self.head(hidden)[:, INPUTS:].view(b, n, most, k)
         return logits[:, :, :d]
 
