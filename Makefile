@@ -110,6 +110,7 @@ test: $(SETUP) ## run all tests
 
 lint: $(SETUP) ## ruff, mypy, notebooks without outputs
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(PY) -m nbstripout --verify --keep-id notebooks/*.ipynb
 

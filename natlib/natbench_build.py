@@ -390,9 +390,10 @@ distinct ones are done.
 
 ```python
 from natlib import natbench
+
 entry = natbench.query(("sep_conv_3x3", "skip_connect", "max_pool_3x3"))
 entry.validation, entry.test, entry.params, entry.madds, entry.latency_ms
-natbench.load().entries    # all, by index
+natbench.load().entries  # all, by index
 ```
 
 | column of `table.csv` | |

@@ -154,7 +154,8 @@ class PolicyConfig:
     ``baseline`` is "moving", a moving average of R, or "rollouts", the mean R of the other
     rewritings of the same input, which also takes out how much each input leaves to gain. Defaults
     are the published settings. Raises NatlibError on another baseline, on "rollouts" with fewer
-    than two, and on a ``first_snapshot`` that the supernet does not keep.
+    than two, on a ``first_snapshot`` that the supernet does not keep, and on more ``reward_images``
+    than search images.
     """
 
     supernet: SupernetConfig
@@ -182,6 +183,11 @@ class PolicyConfig:
         last = self.supernet.snapshots - 1
         if not 0 <= self.first_snapshot <= last:
             raise NatlibError(f"first_snapshot = {self.first_snapshot}; allowed are 0..{last}")
+        if not 1 <= self.reward_images <= self.supernet.data.search:
+            raise NatlibError(
+                f"reward_images = {self.reward_images}; allowed are "
+                f"1..{self.supernet.data.search} (the search images)"
+            )
 
 
 def load_supernet(config: SupernetConfig, key: str, snapshot: int = -1) -> CellNetwork:
@@ -276,8 +282,8 @@ def transition_probabilities(policy: Policy, genotypes: Sequence[Genotype]) -> d
     """Mean probabilities of transitions over the edges of ``genotypes``.
 
     Returns ``matrix`` (2, K, K): mean probability of each target by stride and source (0 where no
-    edge has that source), and ``fates``: mean probability that an edge is kept, becomes skip, null,
-    or anything else.
+    edge has that source), and ``fates``: mean probability that an edge is kept, becomes skip, null
+    (0 where the space lacks them), or anything else.
     """
     batch = policy.encode(genotypes)
     p = policy.log_probabilities(batch).exp()[batch.present]
@@ -289,8 +295,10 @@ def transition_probabilities(policy: Policy, genotypes: Sequence[Genotype]) -> d
     kept = p.gather(1, source[:, None])[:, 0]
     fates = {"kept": float(kept.mean())}
     for fate, name in (("skip", "skip_connect"), ("null", "null")):
-        column = names.index(name)
-        fates[fate] = float((p[:, column] * (source != column)).mean())
+        fates[fate] = 0.0
+        if name in names:
+            column = names.index(name)
+            fates[fate] = float((p[:, column] * (source != column)).mean())
     fates["other"] = 1 - sum(fates.values())
     return {
         "matrix": (matrix / count.clamp(min=1)[:, None]).view(2, k, k).tolist(),
@@ -434,7 +442,8 @@ class GainConfig:
 
     ``policies`` are (config, record key) of trained ones; uniform random transitions of each of
     ``random`` rules are measured beside them. ``genotypes`` inputs are drawn by a stream of their
-    own, with all nodes concatenated and ``nodes`` nodes.
+    own, with all nodes concatenated and ``nodes`` nodes. Results are named after rules: raises
+    NatlibError on two policies of one rule.
     """
 
     supernet: SupernetConfig
@@ -444,6 +453,16 @@ class GainConfig:
     genotypes: int
     images: int
     seed: int
+
+    def __post_init__(self) -> None:
+        _require_distinct_rules(self.policies)
+
+
+def _require_distinct_rules(policies: Sequence[tuple[PolicyConfig, str]]) -> None:
+    """Refuse policies whose results would stand under one name."""
+    rules = [config.transitions for config, _ in policies]
+    if len(set(rules)) < len(rules):
+        raise NatlibError(f"rules {', '.join(rules)}: results go by rule, so give each one policy")
 
 
 def measure_gain(run: Run) -> dict[str, Any]:
@@ -495,7 +514,10 @@ def measure_gain(run: Run) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DeriveConfig:
-    """Derivation of named genotypes by trained policies, by one supernet."""
+    """Derivation of named genotypes by trained policies, by one supernet.
+
+    Results are named after rules: raises NatlibError on two policies of one rule.
+    """
 
     supernet: SupernetConfig
     supernet_key: str
@@ -503,6 +525,9 @@ class DeriveConfig:
     genotypes: tuple[tuple[str, Genotype], ...]
     samples: int
     seed: int
+
+    def __post_init__(self) -> None:
+        _require_distinct_rules(self.policies)
 
 
 def derive_many(run: Run) -> dict[str, Any]:

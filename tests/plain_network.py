@@ -1,4 +1,4 @@
-"""The same mathematics as ``network.py`` in the most literal PyTorch, to test and time against.
+"""The mathematics of ``network.py`` and ``policy.py`` in literal PyTorch, to test and time against.
 
 Plain modules on contiguous tensors, an operation at a time, as one would write them from the
 papers: dilated kernels, strided slices, pooling and concatenation by their ordinary functions.
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from natlib.genotype import INPUTS, Cell, Genotype
 from natlib.network import CellNetwork
 from natlib.operations import EPSILON
+from natlib.policy import CellBatch, GCNLogits
 from natlib.primitives import Primitive, primitive
 from natlib.transitions import edge_stride
 
@@ -97,3 +98,21 @@ def supernet_forward(supernet: CellNetwork, images: Tensor, genotype: Genotype) 
         s1 = _input_layer(last, w, f"cells.{i}.inputs.1", False)
         before, last = last, _run_cell(s0, s1, cell, place.kind, w, f"cells.{i}")
     return F.linear(last.mean((2, 3)), w["classifier.weight"], w["classifier.bias"])
+
+
+def policy_logits(logits: GCNLogits, batch: CellBatch) -> Tensor:
+    """Compute what ``logits(batch)`` computes, with every node embedded and projected by itself.
+
+    Returns (B, N, D, K) with gradients to the policy's parameters.
+    """
+    b, n, d = batch.primitives.shape
+    most, k, e = logits.config.degree, logits.primitives, logits.config.embedding
+    slots = torch.arange(d) * k
+    embedded = logits.edge(batch.primitives + slots) * batch.present[..., None]
+    node = F.pad(embedded.flatten(2), (0, (most - d) * e))
+    x = torch.cat([logits.input.weight.expand(b, -1, -1), node], 1)
+    x = x + logits.kind(batch.reduction.long())[:, None]
+    a = logits.adjacency(batch)
+    x = F.relu(a @ logits.first(F.relu(logits.project(x))))
+    z: Tensor = logits.head(a @ logits.second(x))
+    return z[:, INPUTS:].view(b, n, most, k)[:, :, :d]

@@ -24,6 +24,7 @@ from natlib.policy import (
 from natlib.primitives import PRIMITIVES
 from natlib.transitions import RULES, by_name, edge_stride
 from natlib.zoo import ZOO
+from tests.plain_network import policy_logits
 from tests.strategies import chain, generator, genotypes, random_genotypes
 
 K = len(PRIMITIVES)
@@ -352,6 +353,27 @@ def test_a_node_with_more_inputs_than_the_policy_was_built_for() -> None:
 def test_unknown_graph_form() -> None:
     with pytest.raises(NatlibError, match=r"'undirected'.*'both', 'released'"):
         GCNConfig(graph="undirected")
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("degree", [2, 3])
+def test_logits_and_gradients_equal_the_literal_policy(graph: str, degree: int) -> None:
+    logits = GCNLogits(K, GCNConfig(8, 16, 12, degree, graph), generator()).double()
+    with torch.no_grad():
+        logits.project.bias.normal_(generator=generator(1))
+    # Many cells, so that nodes repeat; sizes that differ, so that there is padding.
+    batch = CellBatch.encode([*MIXED, *random_genotypes(40)], PRIMITIVES)
+    rows, where = logits.distinct_rows(batch)
+    assert len(rows) < len(where) / 2
+    weights = torch.randn(*batch.primitives.shape, K, generator=generator(2)).double()
+    found = []
+    for forward in (logits, lambda batch: policy_logits(logits, batch)):
+        logits.zero_grad()
+        z = forward(batch)
+        (z * weights).sum().backward()
+        found.append([z.detach(), *(p.grad for p in logits.parameters())])
+    for ours, literal in zip(*found, strict=True):
+        torch.testing.assert_close(ours, literal)
 
 
 # --- what the policy sees ----------------------------------------------------------------------

@@ -540,6 +540,12 @@ def test_bad_policy_configurations(supernet: Record, tmp_path: Path) -> None:
     assert not list((tmp_path / "p").glob("*/*/record.json"))
 
 
+def test_rewards_need_images_that_are_there(supernet: Record) -> None:
+    for images in (0, SUPERNET.data.search + 1):
+        with pytest.raises(NatlibError, match=rf"reward_images = {images}.*1\.\.\d+"):
+            policy_config(supernet, reward_images=images)
+
+
 # --- fates -------------------------------------------------------------------------------------
 
 
@@ -637,6 +643,16 @@ def test_a_given_budget_is_never_exceeded(
         assert found.dropped == len(drawn) - len(fits)
 
 
+def test_fates_in_a_space_without_null() -> None:
+    space = SpaceConfig(primitives=("conv_3x3", "conv_1x1", "skip_connect"))
+    policy = random_policy("natpp", space)
+    draw = generator()
+    fates = transition_probabilities(policy, [space.sample(draw) for _ in range(3)])["fates"]
+    assert fates["null"] == 0.0
+    assert fates["skip"] > 0
+    assert math.isclose(sum(fates.values()), 1.0)
+
+
 def test_the_input_wins_a_tie_and_is_all_there_is_without_samples() -> None:
     policy = random_policy("natpp", SpaceConfig())
     darts = ZOO["DARTS"]
@@ -681,6 +697,15 @@ def gain_config(record: Record) -> GainConfig:
     return GainConfig(
         SUPERNET, record.key, (trained_policy(record),), ("natpp", "nat"), 4, images=30, seed=0
     )
+
+
+def test_two_policies_of_one_rule_are_refused(supernet: Record) -> None:
+    trained = trained_policy(supernet)
+    both = (trained, trained)
+    with pytest.raises(NatlibError, match="rules natpp, natpp"):
+        GainConfig(SUPERNET, supernet.key, both, (), 4, images=30, seed=0)
+    with pytest.raises(NatlibError, match="rules natpp, natpp"):
+        DeriveConfig(SUPERNET, supernet.key, both, (), samples=2, seed=0)
 
 
 def test_gains_are_measured_on_the_same_held_out_architectures(supernet: Record) -> None:
