@@ -235,12 +235,15 @@ def _cell(edges: Any, concat: Any) -> Cell:
 
 
 def parse(text: str) -> Genotype:
-    """Read a genotype from natlib JSON or from a DARTS-style Python literal.
+    """Read a genotype from natlib JSON, a DARTS-style Python literal or a NAS-Bench-201 string.
 
     The literal is ``Genotype(normal=[(op, source), ...], normal_concat=range(2, 6), ...)`` with
     two edges a node, as DARTS prints it, or with (op, source, target) triples. Nothing in it is
-    executed. Raises NatlibError with the place of the fault.
+    executed. The string is read by ``parse_nasbench201``. Raises NatlibError with the place of the
+    fault.
     """
+    if text.lstrip().startswith("|"):
+        return parse_nasbench201(text)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as e:
@@ -322,3 +325,74 @@ def format_darts(genotype: Genotype) -> str:
         ]
         parts.append(f"{name}={edges!r}, {name}_concat={list(cell.concat)!r}")
     return f"Genotype({', '.join(parts)})"
+
+
+NASBENCH201 = {
+    "none": "null",
+    "skip_connect": "skip_connect",
+    "nor_conv_1x1": "conv_1x1",
+    "nor_conv_3x3": "conv_3x3",
+    "avg_pool_3x3": "avg_pool_3x3",
+}
+"""The primitives of NAS-Bench-201 and what they are called here."""
+
+
+def parse_nasbench201(text: str) -> Genotype:
+    """Read a NAS-Bench-201 string, e.g. ``|none~0|+|nor_conv_3x3~0|skip_connect~1|+...``.
+
+    Its node 0, the cell's input, becomes input 1 here (input 0 stays unused), the others follow,
+    and the last alone is put out. Normal and reduction cell are the same. Any number of nodes,
+    each with one edge from every earlier one. Raises NatlibError with the place of the fault.
+    """
+    edges = []
+    groups = text.strip().split("+")
+    for node, group in enumerate(groups, 1):
+        items = group.strip("|").split("|")
+        if not (group.startswith("|") and group.endswith("|") and len(items) == node):
+            raise NatlibError(
+                f"{group!r} is not node {node} of a NAS-Bench-201 string: it needs {node} of "
+                "|primitive~source|"
+            )
+        for source, item in enumerate(items):
+            name, _, number = item.partition("~")
+            if name not in NASBENCH201:
+                raise NatlibError(
+                    f"unknown primitive {name!r} in {item!r}; NAS-Bench-201 has "
+                    f"{', '.join(NASBENCH201)}"
+                )
+            if number != str(source):
+                raise NatlibError(f"{item!r} in {group!r} should come from node {source}")
+            edges.append(Edge(source + 1, node + 1, NASBENCH201[name]))
+    cell = Cell(tuple(edges), (len(groups) + 1,))
+    return Genotype(cell, cell)
+
+
+def format_nasbench201(genotype: Genotype) -> str:
+    """Write the NAS-Bench-201 string of a genotype that ``parse_nasbench201`` could have read.
+
+    Raises NatlibError on cells that differ, other edges or another concat than such a string
+    describes, and primitives that NAS-Bench-201 lacks.
+    """
+    cell = genotype.normal
+    names = {ours: theirs for theirs, ours in NASBENCH201.items()}
+    last = cell.nodes + 1
+    groups = []
+    for node in range(2, last + 1):
+        sources = sorted((e.source, e.primitive) for e in cell.edges if e.target == node)
+        if [s for s, _ in sources] != list(range(1, node)):
+            raise NatlibError(
+                f"node {node} has edges from {[s for s, _ in sources]}; in NAS-Bench-201 it has "
+                f"one from each of {list(range(1, node))}"
+            )
+        for _, name in sources:
+            if name not in names:
+                raise NatlibError(
+                    f"primitive {name!r} is not in NAS-Bench-201; allowed are {', '.join(names)}"
+                )
+        groups.append("|" + "".join(f"{names[p]}~{s - 1}|" for s, p in sources))
+    if cell.concat != (last,) or genotype.reduce != cell:
+        raise NatlibError(
+            f"concat {cell.concat}: a NAS-Bench-201 cell puts out its last node {last} alone, and "
+            "normal and reduction cell are the same"
+        )
+    return "+".join(groups)

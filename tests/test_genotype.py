@@ -11,7 +11,17 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from natlib import NatlibError
-from natlib.genotype import INPUTS, Cell, Edge, Genotype, format_darts, parse
+from natlib.genotype import (
+    INPUTS,
+    NASBENCH201,
+    Cell,
+    Edge,
+    Genotype,
+    format_darts,
+    format_nasbench201,
+    parse,
+    parse_nasbench201,
+)
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 from natlib.zoo import ZOO
 from tests.strategies import any_genotypes, cells, chain
@@ -454,3 +464,63 @@ def test_published_genotypes_differ_except_where_published_twice() -> None:
         groups.setdefault(genotype.fingerprint(), []).append(name)
     equal = sorted(names for names in groups.values() if len(names) > 1)
     assert equal == [["NAT_MobileNetv2", "NATv2_MobileNetv2"]]
+
+
+# --- NAS-Bench-201 strings ---------------------------------------------------------------------
+
+# The best of the benchmark on CIFAR-10.
+BEST_201 = (
+    "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+"
+    "|skip_connect~0|nor_conv_3x3~1|nor_conv_1x1~2|"
+)
+
+
+def test_a_nasbench201_string_as_a_genotype() -> None:
+    genotype = parse(BEST_201 + "\n")
+    assert genotype.normal == genotype.reduce
+    assert genotype.normal == Cell(
+        (
+            Edge(1, 2, "conv_3x3"), Edge(1, 3, "conv_3x3"), Edge(2, 3, "conv_3x3"),
+            Edge(1, 4, "skip_connect"), Edge(2, 4, "conv_3x3"), Edge(3, 4, "conv_1x1"),
+        ),
+        (4,),
+    )  # fmt: skip
+    assert format_nasbench201(genotype) == BEST_201
+
+
+@given(st.lists(st.sampled_from(list(NASBENCH201)), min_size=6, max_size=6))
+def test_nasbench201_strings_round_trip(names: list[str]) -> None:
+    draw = iter(names)
+    text = "+".join("|" + "".join(f"{next(draw)}~{s}|" for s in range(n)) for n in (1, 2, 3))
+    genotype = parse_nasbench201(text)
+    assert format_nasbench201(genotype) == text
+    assert [NASBENCH201[n] for n in names] == [e.primitive for e in genotype.normal.edges]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("|none~0|+|none~0|", r"'\|none~0\|' is not node 2 .* needs 2"),
+        ("|none~0", r"'\|none~0' is not node 1"),
+        ("|none~0|none~1|", "is not node 1"),
+        ("|conv_3x3~0|", r"unknown primitive 'conv_3x3'.*nor_conv_3x3"),
+        ("|none~1|", r"'none~1' in '\|none~1\|' should come from node 0"),
+        ("|none|", "'none' in '.none.' should come from node 0"),
+    ],
+)
+def test_faulty_nasbench201_strings(text: str, message: str) -> None:
+    with pytest.raises(NatlibError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("genotype", "message"),
+    [
+        (ZOO["DARTS"], "node 2 has edges from"),
+        (parse("|none~0|").with_primitives(["conv_5x5"] * 2), "'conv_5x5' is not in"),
+        (parse("|none~0|").with_primitives(["null", "conv_1x1"]), "are the same"),
+    ],
+)
+def test_what_no_nasbench201_string_describes(genotype: Genotype, message: str) -> None:
+    with pytest.raises(NatlibError, match=message):
+        format_nasbench201(genotype)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from natlib import NatlibError
-from natlib.genotype import INPUTS, Cell, Edge, Genotype
+from natlib.genotype import INPUTS, Cell, Edge, Genotype, parse
 from natlib.policy import (
     CellBatch,
     GCNConfig,
@@ -374,6 +374,17 @@ def test_logits_and_gradients_equal_the_literal_policy(graph: str, degree: int) 
         found.append([z.detach(), *(p.grad for p in logits.parameters())])
     for ours, literal in zip(*found, strict=True):
         torch.testing.assert_close(ours, literal)
+
+
+def test_one_policy_takes_cells_with_other_numbers_of_incoming_edges() -> None:
+    nasbench = parse(
+        "|nor_conv_3x3~0|+|none~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_1x1~1|nor_conv_3x3~2|"
+    )
+    policy = gcn_policy(config=GCNConfig(8, 16, 12, degree=3))
+    found = policy.sample([nasbench, *MIXED], generator()).genotypes
+    assert found[0] != nasbench
+    for before, after in zip([nasbench, *MIXED], found, strict=True):
+        assert policy.transitions.violations(before, after) == []
 
 
 # --- what the policy sees ----------------------------------------------------------------------
