@@ -526,7 +526,7 @@ def test_a_trained_policy_is_loaded_as_it_was_saved(supernet: Record) -> None:
 def test_records_that_are_not_there() -> None:
     with pytest.raises(NatlibError, match="no supernet record 0123"):
         load_supernet(SUPERNET, "0123")
-    config = PolicyConfig(SUPERNET, "0123", "natpp", 0, 1, gcn=SMALL)
+    config = PolicyConfig(SUPERNET, "0123", "natpp", 0, 1, reward_images=20, gcn=SMALL)
     with pytest.raises(NatlibError, match="no policy record 4567"):
         load_policy(config, "4567")
 
