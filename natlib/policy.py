@@ -257,10 +257,9 @@ class GCNLogits(nn.Module):
         first = 2 * base**slots
         powers = 2 * base ** torch.arange(slots, device=codes.device)
         digits = torch.where(codes[:, None] < first, codes[:, None] // powers % base, 0)
-        which = torch.arange(slots * base, device=codes.device).view(slots, base)[:, 1:].flatten()
         picks = torch.cat(
             [
-                F.one_hot(digits, base).flatten(1)[:, which],
+                F.one_hot(digits, base)[:, :, 1:].flatten(1),
                 codes[:, None] // 2 - first // 2 == torch.arange(INPUTS, device=codes.device),
                 F.one_hot(codes % 2, 2),
             ],

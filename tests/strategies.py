@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
 from natlib.macro import MacroConfig
+from natlib.network import CellNetwork
+from natlib.operations import Pool
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 
 
@@ -80,3 +84,20 @@ def random_genotypes(count: int, seed: int = 0, nodes: Sequence[int] = (4,)) -> 
 
     space, draw = SpaceConfig(tuple(nodes)), generator(seed)
     return [space.sample(draw) for _ in range(count)]
+
+
+def run_counting(network: CellNetwork, images: Tensor) -> tuple[Tensor, int]:
+    """Run a network and count the multiply-adds an image takes, pooling left out."""
+    with FlopCounterMode(display=False) as counter:
+        logits = network(images)
+    flops = {k: sum(v.values()) for k, v in counter.get_flop_counts().items()}
+    # Average pooling is computed as a convolution, but the papers' tables do not count it.
+    pools = [f"CellNetwork.{n}" for n, m in network.named_modules() if isinstance(m, Pool)]
+    total = flops["Global"] - sum(flops.get(name, 0) for name in pools)
+    assert total % (2 * len(images)) == 0
+    return logits, total // (2 * len(images))
+
+
+def all_runs(genotype: Genotype) -> bool:
+    """Say whether every input and node is live, so that nothing is skipped when it runs."""
+    return all(len(cell.live) == cell.nodes + INPUTS for _, cell in genotype.cells)

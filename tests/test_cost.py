@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
-from torch.utils.flop_counter import FlopCounterMode
 
 from natlib.cost import Cost, cell_cost, network_cost
-from natlib.genotype import INPUTS, Cell, Edge, Genotype
+from natlib.genotype import Cell, Edge, Genotype
 from natlib.macro import MacroConfig
 from natlib.network import CellNetwork, parameter_count
-from natlib.operations import Pool
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 from natlib.zoo import ZOO
-from tests.strategies import any_genotypes, chain, genotypes, macros
+from tests.strategies import all_runs, any_genotypes, chain, genotypes, macros, run_counting
 
 GOLDEN = Path(__file__).parent / "golden" / "network_costs.csv"
 ROWS = list(csv.DictReader(GOLDEN.open()))
@@ -41,19 +39,7 @@ def counted(genotype: Genotype, macro: MacroConfig) -> Cost:
     """Count parameters and the multiply-adds of a run on the meta device, pooling left out."""
     network = CellNetwork(macro, genotype=genotype, device="meta")
     image = torch.empty(2, macro.image_channels, macro.image_size, macro.image_size, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        network(image)
-    flops = {k: sum(v.values()) for k, v in counter.get_flop_counts().items()}
-    # Average pooling is computed as a convolution, but the papers' tables do not count it.
-    pools = [f"CellNetwork.{n}" for n, m in network.named_modules() if isinstance(m, Pool)]
-    total = flops["Global"] - sum(flops.get(name, 0) for name in pools)
-    assert total % 4 == 0
-    return Cost(parameter_count(network.parameters()), total // 4)
-
-
-def all_runs(genotype: Genotype) -> bool:
-    """Say whether every input and node is live, so that nothing is skipped when it runs."""
-    return all(len(cell.live) == cell.nodes + INPUTS for _, cell in genotype.cells)
+    return Cost(parameter_count(network.parameters()), run_counting(network, image)[1])
 
 
 @given(any_genotypes(), macros)
