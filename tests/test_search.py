@@ -739,7 +739,7 @@ def test_gain_stopped_and_resumed_equals_uninterrupted(
     supernet: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = gain_config(supernet)
-    monkeypatch.setattr(search, "GROUP", 4)
+    monkeypatch.setattr(search, "GROUP", 2)
     resumed_equals_uninterrupted(tmp_path / "g", "gain", config, measure_gain, (3, 4))
 
 
