@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from natlib.cost import layers_cost
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
-from natlib.macro import MacroConfig, Position
+from natlib.macro import BlockMacro, Layer, Macro, MacroConfig, Position, Shape
 from natlib.operations import BatchNorm, Conv, FactorizedReduction, build, cat, pick, takes_relu
 from natlib.primitives import primitive
 from natlib.transitions import edge_stride
@@ -26,6 +27,56 @@ def edge_keys(edges: Sequence[Edge]) -> list[str]:
         seen[key] = seen.get(key, 0) + 1
         keys.append(key if seen[key] == 1 else f"{key}_{seen[key]}")
     return keys
+
+
+class _Bias(nn.Module):
+    """What stands in the place of a batch norm in networks that have none."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight[:, None, None]
+
+
+def _relu(macro: Macro) -> Callable[[Tensor], Tensor]:
+    """The rectifier of a network: MobileNetV2's is cut off at 6."""
+    inverted = isinstance(macro, BlockMacro) and macro.block == "inverted"
+    return F.relu6 if inverted else F.relu
+
+
+def _layers(
+    layers: Iterable[Layer], channels: int, macro: Macro, shared: bool
+) -> tuple[nn.Sequential, int]:
+    """Build layers in a row on ``channels`` inputs; return them and their output channels."""
+    modules: list[nn.Module] = []
+    batch_norm = not isinstance(macro, BlockMacro) or macro.batch_norm
+    for layer in layers:
+        k, stride, pad = layer.kernel, layer.stride, layer.padding
+        if layer.kind == "activation":
+            modules.append(nn.ReLU6() if _relu(macro) is F.relu6 else nn.ReLU())
+        elif layer.kind in ("max_pool", "avg_pool"):
+            if k[0] % 2 == 0 and stride[0] == 1:
+                # Even kernels have no centre: one repeated row and column keep the size.
+                modules.append(nn.ReplicationPad2d((0, 1, 0, 1)))
+            modules.append(
+                nn.MaxPool2d(k, stride, pad)
+                if layer.kind == "max_pool"
+                else nn.AvgPool2d(k, stride, pad, count_include_pad=False)
+            )
+        else:
+            wide = layer.kind == "conv"
+            outputs, groups = (layer.channels, 1) if wide else (channels, channels)
+            modules.append(
+                nn.Conv2d(channels, outputs, k, stride, pad, layer.dilation, groups, bias=False)
+            )
+            channels = outputs
+            if layer.norm:
+                # Affine in the supernet too: only stems and heads have such layers there.
+                norm = BatchNorm(channels, shared, affine=True) if batch_norm else _Bias(channels)
+                modules.append(norm)
+    return nn.Sequential(*modules), channels
 
 
 class _InputLayer(nn.Module):
@@ -47,16 +98,25 @@ class _InputLayer(nn.Module):
 
 
 class _Values:
-    """The values of a cell's nodes, and their ReLUs, each taken once however many use it."""
+    """The values of a cell's nodes, and their ReLUs, each taken once however many use it.
 
-    def __init__(self, raw: dict[int, Tensor]) -> None:
+    ``rectified`` holds the ReLUs that are known from the start, ``function`` takes all others.
+    """
+
+    def __init__(
+        self,
+        raw: dict[int, Tensor],
+        rectified: dict[int, Tensor] | None = None,
+        function: Callable[[Tensor], Tensor] = F.relu,
+    ) -> None:
         self.raw = raw
-        self._relu: dict[int, Tensor] = {}
+        self._relu = rectified or {}
+        self._function = function
 
     def relu(self, node: int) -> Tensor:
         """The ReLU of a node."""
         if node not in self._relu:
-            self._relu[node] = F.relu(self.raw[node])
+            self._relu[node] = self._function(self.raw[node])
         return self._relu[node]
 
 
@@ -64,29 +124,53 @@ class _CellModule(nn.Module):
     """The weights of one cell; which of them a forward pass uses, its ``Cell`` says."""
 
     def __init__(
-        self, place: Position, inputs: tuple[int, int], edges: Sequence[Edge], shared: bool
+        self,
+        macro: Macro,
+        place: Position,
+        inputs: tuple[int, int],
+        edges: Sequence[Edge],
+        shared: bool,
     ) -> None:
         super().__init__()
-        self.place, self.shared = place, shared
+        self.place, self.shared, self.function = place, shared, _relu(macro)
         c = place.channels
+        # A block takes its inputs as they are.
         self.inputs = nn.ModuleList(
             _InputLayer(width, c, halve, shared)
             for width, halve in zip(inputs, (place.halve, False), strict=True)
+            if place.block is None
         )
         self.edges = nn.ModuleDict()
         for key, e in zip(edge_keys(edges), edges, strict=True):
-            module = build(primitive(e.primitive), c, edge_stride(e.source, place.kind), shared)
+            p = primitive(e.primitive)
+            if place.block is None:
+                module = build(p, c, edge_stride(e.source, place.kind), shared)
+            else:
+                layers = place.block.layers(p, e.source, e.target)
+                width = place.block.shape(e.source).channels
+                module = _layers(layers, width, macro, shared)[0] if layers else None
             if module is not None:
                 self.edges[key] = module
 
     def forward(
-        self, relus: tuple[Tensor, Tensor], columns: tuple[Tensor | None, Tensor | None], cell: Cell
+        self,
+        inputs: tuple[Tensor, Tensor],
+        columns: tuple[Tensor | None, Tensor | None],
+        cell: Cell,
+        drop: Callable[[Tensor], Tensor] | None = None,
     ) -> _Values:
-        """Compute the cell's live nodes from the ReLUs of its two inputs."""
+        """Compute the cell's live nodes from the ReLUs of its two inputs.
+
+        ``drop`` is applied to what each edge adds, save where that is a node's value itself.
+        """
         live = cell.live
-        values = _Values({
-            i: self.inputs[i](relus[i], columns[i]) for i in range(INPUTS) if i in live
-        })  # fmt: skip
+        if self.place.block is None:
+            values = _Values({
+                i: self.inputs[i](inputs[i], columns[i]) for i in range(INPUTS) if i in live
+            })  # fmt: skip
+        else:
+            given = dict(enumerate(inputs))
+            values = _Values(given, dict(given), self.function)
         # Two edges with the same weights (supernet), or pools of one node, are computed once.
         done: dict[str, Tensor] = {}
         for node, group in enumerate(cell.in_edges, INPUTS):
@@ -100,7 +184,7 @@ class _CellModule(nn.Module):
                     key = f"{e.source}_{e.target}_{e.primitive}"
                 name = key
                 p = primitive(e.primitive)
-                if p.kind in ("max_pool", "avg_pool"):
+                if self.place.block is None and p.kind in ("max_pool", "avg_pool"):
                     name = f"{e.source}_{e.primitive}"
                 if name not in done:
                     if key not in self.edges:
@@ -110,27 +194,38 @@ class _CellModule(nn.Module):
                         done[name] = self.edges[key](values.relu(e.source))
                     else:
                         done[name] = self.edges[key](values.raw[e.source])
-                total = done[name] if total is None else total + done[name]
-            values.raw[node] = self._zero(relus[1]) if total is None else total
+                term = done[name]
+                if drop is not None and key in self.edges:
+                    term = drop(term)
+                total = term if total is None else total + term
+            values.raw[node] = self._zero(inputs[1], node) if total is None else total
         return values
 
     def _require(self, key: str, e: Edge) -> None:
         """Refuse an edge that this network holds no weights for (a stride-1 skip needs none)."""
-        if e.primitive != "skip_connect" or edge_stride(e.source, self.place.kind) == 2:
+        block = self.place.block
+        if block is not None:
+            identity = block.shape(e.source) == block.shape(e.target)
+        else:
+            identity = edge_stride(e.source, self.place.kind) == 1
+        if e.primitive != "skip_connect" or not identity:
             raise NatlibError(
                 f"this network has no weights for edge {key}; a supernet takes the primitives and "
                 "nodes it was built with, a standalone network its own genotype"
             )
 
-    def _zero(self, like: Tensor) -> Tensor:
+    def _zero(self, like: Tensor, node: int) -> Tensor:
         """The value of a node all of whose incoming edges are null."""
         side = -(-like.shape[2] // 2) if self.place.kind == "reduce" else like.shape[2]
         shape = (like.shape[0], self.place.channels, side, side)
+        if self.place.block is not None:
+            end = self.place.block.shape(node)
+            shape = (like.shape[0], end.channels, end.size, end.size)
         return like.new_zeros(shape).contiguous(memory_format=torch.channels_last)
 
 
 class CellNetwork(nn.Module):
-    """Stem, stacked cells, global pooling, linear classifier; supernet or standalone.
+    """Stem, stacked cells, head, linear classifier; supernet or standalone.
 
     A supernet (``nodes`` and ``primitives`` given) holds every primitive on every possible edge
     and takes the genotype with each forward pass; a standalone network (``genotype`` given) holds
@@ -142,16 +237,22 @@ class CellNetwork(nn.Module):
     ``generator``, or from one of seed 0 (uniform Kaiming as PyTorch's layers). ``device``
     "meta" builds without memory. Input layers and classifier of a supernet hold columns for each
     of ``nodes`` nodes; a genotype's concat picks among them.
+
+    ``auxiliary`` adds DARTS's second classifier behind the last reduction cell, see
+    ``with_auxiliary``. ``drop_path``, an attribute, is the probability with which what an edge adds
+    is dropped for an image in training. Hand-crafted networks (``BlockMacro``) are standalone and
+    neither shared nor with an auxiliary head.
     """
 
     def __init__(
         self,
-        macro: MacroConfig,
+        macro: Macro,
         *,
         genotype: Genotype | None = None,
         nodes: int | None = None,
         primitives: Sequence[str] | None = None,
         shared: bool | None = None,
+        auxiliary: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -164,6 +265,19 @@ class CellNetwork(nn.Module):
             )
         self.macro, self.genotype, self.nodes = macro, genotype, nodes
         self.shared = genotype is None if shared is None else shared
+        self.drop_path = 0.0
+        if isinstance(macro, BlockMacro):
+            if genotype is None or self.shared:
+                raise NatlibError(
+                    "a hand-crafted network is standalone: give a genotype, and no shared batch "
+                    "norms"
+                )
+            macro.require(genotype)
+        self.auxiliary_behind: int | None = None
+        if auxiliary:
+            if genotype is None or isinstance(macro, BlockMacro):
+                raise NatlibError("only a standalone DARTS-style network has an auxiliary head")
+            self.auxiliary_behind = macro.reductions[-1]
         edges: dict[str, Sequence[Edge]]
         if genotype is not None:
             edges = {name: cell.edges for name, cell in genotype.cells}
@@ -179,20 +293,62 @@ class CellNetwork(nn.Module):
             edges = {"normal": every, "reduce": every}
             outputs = {"normal": nodes, "reduce": nodes}
         with torch.device("meta"):
+            before, last = self._build_stem(macro)
+            cells = []
+            for i, place in enumerate(macro.positions()):
+                own = edges[place.kind]
+                cells.append(_CellModule(macro, place, (before, last), own, self.shared))
+                before, last = last, place.channels * outputs[place.kind]
+                if i == self.auxiliary_behind:
+                    behind = Shape(last, place.size // 2)
+            self.cells = nn.ModuleList(cells)
+            self.hidden = nn.ModuleList()
+            if isinstance(macro, BlockMacro):
+                last = self._build_head(macro)
+            self.classifier = nn.Linear(last, macro.classes)
+            if self.auxiliary_behind is not None:
+                self._build_auxiliary(macro, behind)
+        self.to_empty(device=device)
+        self.reset(generator)
+        self.to(memory_format=torch.channels_last)
+
+    def _build_stem(self, macro: Macro) -> tuple[int, int]:
+        """Build the layers before the cells; return the channels of the first cell's inputs."""
+        if isinstance(macro, MacroConfig):
             width = macro.stem * macro.channels
             self.stem = Conv(macro.image_channels, width, (3, 3))
             # Affine in the supernet too, as released: it has 15,024,550 parameters at 20 channels.
             self.stem_bn = BatchNorm(width, self.shared, affine=True)
-            before = last = width
-            cells = []
-            for place in macro.positions():
-                cells.append(_CellModule(place, (before, last), edges[place.kind], self.shared))
-                before, last = last, place.channels * outputs[place.kind]
-            self.cells = nn.ModuleList(cells)
-            self.classifier = nn.Linear(last, macro.classes)
-        self.to_empty(device=device)
-        self.reset(generator)
-        self.to(memory_format=torch.channels_last)
+            return width, width
+        self.stems = nn.ModuleList()
+        widths = [macro.image_channels]
+        for layers in macro.stems:
+            stem, width = _layers(layers, widths[-1], macro, self.shared)
+            self.stems.append(stem)
+            widths.append(width)
+        return widths[1], widths[-1]
+
+    def _build_head(self, macro: BlockMacro) -> int:
+        """Build the layers behind the blocks; return the inputs of the classifier."""
+        start = macro.last
+        self.head, last = _layers(macro.head, start.channels, macro, False)
+        if macro.hidden:
+            last *= layers_cost(macro.head, start)[1].size ** 2
+        for width in macro.hidden:
+            self.hidden.append(nn.Linear(last, width))
+            last = width
+        return last
+
+    def _build_auxiliary(self, macro: Macro, start: Shape) -> None:
+        """Build the second classifier on the output of the last reduction cell."""
+        assert not isinstance(macro, BlockMacro)
+        end = layers_cost(macro.auxiliary, start)[1]
+        if end.size < 1:
+            raise NatlibError(
+                f"image_size = {macro.image_size}; an auxiliary head needs larger images"
+            )
+        self.auxiliary, width = _layers(macro.auxiliary, start.channels, macro, False)
+        self.auxiliary_classifier = nn.Linear(width * end.size**2, macro.classes)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None) -> None:
@@ -201,39 +357,124 @@ class CellNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, BatchNorm):
                 module.reset()
+            elif isinstance(module, _Bias):
+                module.weight.zero_()
         for name, weight in self.named_parameters():
             if weight.device.type == "meta":
                 continue
             if weight.ndim > 1:
                 bound = 1 / math.sqrt(weight[0].numel())
                 weight.uniform_(-bound, bound, generator=generator)
-            elif name == "classifier.bias":
-                bound = 1 / math.sqrt(self.classifier.in_features)
-                weight.uniform_(-bound, bound, generator=generator)
+            elif name.endswith(".bias"):
+                layer = self.get_submodule(name.removesuffix(".bias"))
+                if isinstance(layer, nn.Linear):
+                    bound = 1 / math.sqrt(layer.in_features)
+                    weight.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, images: Tensor, genotype: Genotype | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        genotype: Genotype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """Compute logits (B, classes); a supernet needs the genotype to run.
 
-        Raises NatlibError if a supernet gets none, or one with nodes or primitives it lacks.
+        ``generator`` draws what ``drop_path`` drops. Raises NatlibError if a supernet gets no
+        genotype, or one with nodes or primitives it lacks, and if paths are to be dropped without a
+        generator.
         """
+        return self._run(images, genotype, generator, False)[0]
+
+    def with_auxiliary(
+        self,
+        images: Tensor,
+        genotype: Genotype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the logits of both classifiers, (B, classes) each; errors as in ``forward``."""
+        if self.auxiliary_behind is None:
+            raise NatlibError("this network was built without an auxiliary head")
+        return self._run(images, genotype, generator, True)
+
+    def _run(
+        self,
+        images: Tensor,
+        genotype: Genotype | None,
+        generator: torch.Generator | None,
+        auxiliary: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the logits and, if asked for, the auxiliary ones (else the logits again)."""
         run = genotype if genotype is not None else self.genotype
         if run is None:
             raise NatlibError("a supernet needs a genotype to run")
         self._require_nodes(run)
-        x = self.stem_bn(self.stem(images))
-        relus = (F.relu(x),) * 2
+        drop = self._drop(generator)
+        inputs = self._stem(images)
         columns: tuple[Tensor | None, Tensor | None] = (None, None)
-        for module in self.cells:
+        second = None
+        for i, module in enumerate(self.cells):
             assert isinstance(module, _CellModule)
             cell = run.reduce if module.place.kind == "reduce" else run.normal
-            values = module(relus, columns, cell)
-            columns = (columns[1], self._columns(cell, module.place.channels, x.device))
-            if module is not self.cells[-1]:
+            values = module(inputs, columns, cell, drop)
+            if module.place.block is not None:
+                inputs = (inputs[1], self._block_output(values.raw[cell.concat[0]]))
+                continue
+            columns = (columns[1], self._columns(cell, module.place.channels, images.device))
+            at_auxiliary = auxiliary and i == self.auxiliary_behind
+            if at_auxiliary or module is not self.cells[-1]:
                 # The next cells read the output through a ReLU: that of a concatenation is the
                 # concatenation of the nodes' ReLUs, most of which the edges needed anyway.
-                relus = (relus[1], cat([values.relu(n) for n in cell.concat]))
-        pooled = torch.cat([values.raw[n].mean((2, 3)) for n in cell.concat], 1)
-        return F.linear(pooled, pick(self.classifier.weight, columns[1]), self.classifier.bias)
+                inputs = (inputs[1], cat([values.relu(n) for n in cell.concat]))
+            if at_auxiliary:
+                second = self.auxiliary_classifier(self.auxiliary(inputs[1]).flatten(1))
+        if isinstance(self.macro, BlockMacro):
+            logits = self._classified(inputs[1])
+        else:
+            pooled = torch.cat([values.raw[n].mean((2, 3)) for n in cell.concat], 1)
+            weight = pick(self.classifier.weight, columns[1])
+            logits = F.linear(pooled, weight, self.classifier.bias)
+        return logits, logits if second is None else second
+
+    def _stem(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first cell reads: rectified for cells, as it is for blocks."""
+        if isinstance(self.macro, MacroConfig):
+            x = F.relu(self.stem_bn(self.stem(images)))
+            return x, x
+        outputs = [images]
+        for stem in self.stems:
+            outputs.append(stem(outputs[-1]))
+        first, last = outputs[1], outputs[-1]
+        if isinstance(self.macro, BlockMacro):
+            return first, last
+        return F.relu(first), F.relu(last)
+
+    def _block_output(self, x: Tensor) -> Tensor:
+        """What a block hands on: rectified, save in inverted residuals."""
+        assert isinstance(self.macro, BlockMacro)
+        return x if self.macro.block == "inverted" else F.relu(x)
+
+    def _classified(self, x: Tensor) -> Tensor:
+        """Head and classifier of a hand-crafted network."""
+        x = self.head(x)
+        x = x.flatten(1) if self.hidden else x.mean((2, 3))
+        for layer in self.hidden:
+            x = F.relu(layer(x))
+        logits: Tensor = self.classifier(x)
+        return logits
+
+    def _drop(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor] | None:
+        """A function that drops its argument for some images and scales it up for the others."""
+        if not self.training or self.drop_path == 0:
+            return None
+        if generator is None:
+            raise NatlibError(f"drop_path = {self.drop_path} needs a generator in training")
+        keep = 1 - self.drop_path
+
+        def drop(x: Tensor) -> Tensor:
+            kept = torch.rand(x.shape[0], 1, 1, 1, generator=generator) < keep
+            return x * (kept.to(x.device, x.dtype) / keep)
+
+        return drop
 
     def _require_nodes(self, genotype: Genotype) -> None:
         """Refuse a genotype with more nodes than this supernet has."""
