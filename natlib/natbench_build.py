@@ -342,7 +342,7 @@ def _span(days: Sequence[str]) -> list[str]:
 def _readme(table: natbench.Table) -> str:
     """The data card in words."""
     card: dict[str, Any] = table.card
-    t, d, m = TRAINING, TRAINING.data, TRAINING.macro
+    t, d, m = TRAINING, TRAINING.data, MACRO
     distinct = len(trainings())
     lines = [
         f"- {v['architectures']} architectures with both seeds, {name}: mean {v['mean']:.1%}; "

@@ -510,7 +510,7 @@ class CellNetwork(nn.Module):
         columns: list[Tensor | None] = [None, None]
         for place in self.macro.positions():
             cell = run.reduce if place.kind == "reduce" else run.normal
-            columns.append(supernet._columns(cell, place.channels, self.stem.weight.device))
+            columns.append(supernet._columns(cell, place.channels, self.classifier.weight.device))
         for name, weight in self.named_parameters():
             parts = name.split(".")
             if parts[0] == "cells" and parts[2] == "edges":
