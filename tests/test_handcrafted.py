@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 from natlib.zoo import ZOO
 from tests.strategies import all_runs, cells, generator, run_counting
 
+GOLDEN = Path(__file__).parent / "golden" / "handcrafted_costs.csv"
 TORCHVISION = {
     "VGG16": torchvision.models.vgg16,
     "ResNet18": torchvision.models.resnet18,
@@ -75,6 +78,15 @@ def test_logits_equal_torchvisions_after_copying_its_weights(name: str) -> None:
         expected = theirs(images)
         torch.testing.assert_close(ours(images), expected, rtol=1e-9, atol=1e-9)
     assert expected.std() > 1e-2
+
+
+def test_costs_equal_the_recorded_ones() -> None:
+    found = [
+        {"network": n, "dataset": d, "params": str(cost.params), "madds": str(cost.madds)}
+        for (n, d), m in MACROS.items()
+        for cost in [network_cost(ORIGINALS[n], m)]
+    ]
+    assert found == list(csv.DictReader(GOLDEN.open()))
 
 
 @pytest.mark.parametrize(("name", "dataset"), MACROS)
