@@ -10,7 +10,7 @@ from natlib.genotype import Genotype
 from natlib.latency import latencies
 from natlib.macro import Macro
 
-ROUNDS, PASSES = 1, 5
+_PASSES = 5
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,4 @@ class Budget:
             return False
         if self.latency_ms is None:
             return True
-        return latencies({"": (genotype, macro)}, ROUNDS, PASSES)[""] <= self.latency_ms
+        return latencies({"": (genotype, macro)}, 1, _PASSES)[""] <= self.latency_ms

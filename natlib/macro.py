@@ -47,6 +47,7 @@ class Layer:
 
 
 ACTIVATION = Layer("activation")
+"""A rectifier; MobileNetV2's is cut off at 6."""
 
 
 def conv(channels: int, kernel: int, stride: int = 1, norm: bool = True) -> Layer:
@@ -288,6 +289,7 @@ class Stage:
 
 
 BLOCKS = ("convolution", "basic", "bottleneck", "inverted")
+"""The kinds of blocks, see ``BlockMacro``."""
 
 
 @dataclass(frozen=True)

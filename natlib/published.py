@@ -16,6 +16,7 @@ from natlib.macro import ImageNetMacro, Macro, MacroConfig
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
 EQUAL, EXPLAINED, NOT_RECOMPUTED = "equal", "explained", "cannot be recomputed"
+"""The verdicts on a row."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from natlib import NatlibError, data
 from natlib.cost import network_cost
 from natlib.genotype import Genotype
-from natlib.macro import MacroConfig
+from natlib.macro import ACTIVATION, BLOCKS, BlockMacro, MacroConfig, Stage, conv
 from natlib.network import CellNetwork
 from natlib.records import as_json
 from natlib.train import (
@@ -159,6 +159,16 @@ def test_regularised_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert record.result["losses"][0] > others[0].result["losses"][0]
     assert record.result["losses"] != others[1].result["losses"]
     assert record.result["params"] == others[0].result["params"]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_hand_crafted_network_trains_and_resumes_too(tmp_path: Path, block: str) -> None:
+    stages = (Stage(8, 2), Stage(16, 1, 2))
+    macro = BlockMacro(block, stages, (conv(8, 3), ACTIVATION), classes=4, image_size=8)
+    config = replace(CONFIG, macro=macro, genotype=ZOO["NAT_MobileNetv2"], lr=0.1, drop_path=0.2)
+    record = resumed_equals_uninterrupted(tmp_path, "train", config, train_standalone, (4,))
+    assert record.result["losses"][-1] < record.result["losses"][0]
+    assert record.result["params"] == network_cost(config.genotype, macro).params
 
 
 def test_paths_are_dropped_more_and_more_often(
