@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import shutil
@@ -50,7 +49,7 @@ from natlib.train import accuracy, splits, stream
 from natlib.transitions import RULES, by_name, edge_stride
 from natlib.zoo import ZOO
 from tests.made import DATA, load, resumed_equals_uninterrupted, run, same
-from tests.strategies import generator, genotypes, macros, random_genotypes
+from tests.strategies import generator, genotypes, luck, lucks, macros, random_genotypes
 
 MACRO = MacroConfig(channels=4, cells=3, classes=4, image_size=8)
 SPACE = SpaceConfig((2,))
@@ -591,15 +590,6 @@ def test_sources_that_do_not_occur_have_rows_of_zeros() -> None:
 
 
 # --- derive ------------------------------------------------------------------------------------
-
-
-def luck(genotype: Genotype) -> float:
-    """A score that depends on the genotype only, in a way nobody can guess."""
-    return hashlib.sha256(repr(genotype).encode()).digest()[0] / 256
-
-
-def lucks(genotypes: Sequence[Genotype]) -> list[float]:
-    return [luck(g) for g in genotypes]
 
 
 @settings(max_examples=60)
