@@ -31,7 +31,6 @@ from natlib import zoo
 from natlib.errors import NatlibError
 from natlib.files import replacing
 from natlib.genotype import Genotype, format_darts
-from natlib.macro import MacroConfig
 from natlib.network import CellNetwork
 from natlib.records import as_json, read_record
 
@@ -212,8 +211,8 @@ def trained(path: Path) -> CellNetwork:
     record = read_record(path)
     if record.kind != "train":
         raise NatlibError(f"{path} is a record of kind {record.kind!r}; a network is in 'train'")
-    macro: MacroConfig = _restore(record.config["macro"])
-    network = CellNetwork(macro, genotype=_restore(record.config["genotype"]))
+    config = record.config
+    network = CellNetwork(_restore(config["macro"]), genotype=_restore(config["genotype"]))
     weights = record.load("weights")
     network.load_state_dict({name: weights[name] for name in network.state_dict()})
     return network.eval()

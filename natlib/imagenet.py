@@ -192,7 +192,7 @@ def accuracy(network: CellNetwork, images: ImageNet) -> tuple[float, float]:
 
     Raises NatlibError if network and images differ in their number of classes.
     """
-    _require_classes(network.macro, images)
+    _require_classes(network.macro.classes, images)
     first = five = 0
     for x, labels in images.central():
         best = network(x).topk(min(5, len(images.classes))).indices == labels[:, None]
@@ -201,10 +201,10 @@ def accuracy(network: CellNetwork, images: ImageNet) -> tuple[float, float]:
     return first / len(images.files), five / len(images.files)
 
 
-def _require_classes(macro: MacroConfig, images: ImageNet) -> None:
-    if macro.classes != len(images.classes):
+def _require_classes(classes: int, images: ImageNet) -> None:
+    if classes != len(images.classes):
         raise NatlibError(
-            f"classes = {macro.classes} of the network; {images.folder} holds {len(images.classes)}"
+            f"classes = {classes} of the network; {images.folder} holds {len(images.classes)}"
         )
 
 
@@ -241,7 +241,7 @@ def train_imagenet(run: Run) -> dict[str, Any]:
     """
     config: ImageNetConfig = run.config
     train, val = (ImageNet(s, config.batch, config.macro.image_size) for s in ("train", "val"))
-    _require_classes(config.macro, train)
+    _require_classes(config.macro.classes, train)
     if train.classes != val.classes:
         differ = sorted({*train.classes} ^ {*val.classes})
         raise NatlibError(f"{train.folder} and {val.folder} differ in classes: {differ[:5]}")
