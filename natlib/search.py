@@ -39,14 +39,22 @@ from natlib.transitions import by_name
 class SpaceConfig:
     """The architectures p(beta) draws from, uniformly.
 
-    ``nodes``: allowed numbers of intermediate nodes of a cell; each node has two incoming edges
-    from any earlier nodes; each edge any of ``primitives``. A share ``loose_ends`` of the
-    genotypes concatenates only nodes without outgoing edge (ENAS, VGG), the rest all nodes (DARTS).
+    ``nodes``: allowed numbers of intermediate nodes of a cell; ``degrees``: of incoming edges of a
+    node, from any earlier nodes; each edge carries any of ``primitives``. A share ``loose_ends`` of
+    the genotypes concatenates only nodes without outgoing edge (ENAS, VGG), the rest all nodes
+    (DARTS). ENAS's own space is ``SpaceConfig((5,), ENAS_PRIMITIVES, loose_ends=1.0)``.
     """
 
     nodes: tuple[int, ...] = (4,)
     primitives: tuple[str, ...] = PRIMITIVES
     loose_ends: float = 0.0
+    degrees: tuple[int, ...] = field(default=(2,), metadata=ADDED_LATER)
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "degrees"):
+            numbers = getattr(self, name)
+            if not numbers or min(numbers) < 1:
+                raise NatlibError(f"{name} = {numbers}; it must hold numbers above 0")
 
     def sample(self, generator: torch.Generator) -> Genotype:
         """Draw a genotype."""
@@ -59,10 +67,15 @@ class SpaceConfig:
         edges = tuple(
             Edge(_below(t, generator), t, self.primitives[_below(len(self.primitives), generator)])
             for t in everyone
-            for _ in range(2)
+            for _ in range(self._degree(generator))
         )
         used = {e.source for e in edges}
         return Cell(edges, tuple(n for n in everyone if n not in used) if loose else everyone)
+
+    def _degree(self, generator: torch.Generator) -> int:
+        if len(self.degrees) == 1:
+            return self.degrees[0]
+        return self.degrees[_below(len(self.degrees), generator)]
 
 
 def _below(n: int, generator: torch.Generator) -> int:

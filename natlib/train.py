@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -239,12 +239,45 @@ def sgd_step(
     optimizer.step()
 
 
+class Batches(Protocol):
+    """Where the images of a training come from: ``steps`` batches an epoch."""
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        ...
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over an epoch's batches, shuffled and augmented, with their labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Batches of the training part of ``Splits``."""
+
+    parts: Splits
+    batch: int
+    cutout: int
+
+    @property
+    def steps(self) -> int:
+        return len(self.parts.train.labels) // self.batch
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        part = self.parts.train
+        for index in data.index_batches(len(part.labels), self.batch, generator):
+            index = index.to(part.labels.device)
+            yield augmented(part, index, self.parts, generator, self.cutout), part.labels[index]
+
+
 def train_epochs(
     run: Run,
     network: CellNetwork,
     logits: Callable[[Tensor, torch.Generator], Any],
     *,
     what: str = "training",
+    batches: Batches | None = None,
     criterion: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
     cutout: int = 0,
     kept: Mapping[str, list[Any]] | None = None,
@@ -253,15 +286,16 @@ def train_epochs(
 ) -> list[float]:
     """Train a network for the epochs that a run still lacks, resuming from its last checkpoint.
 
-    ``run.config`` has ``data``, ``seed``, ``epochs``, ``batch``, ``lr``, ``lr_last``, ``momentum``,
-    ``weight_decay`` and ``clip``. ``logits`` maps an augmented batch, and the epoch's generator, to
-    the network's output, which ``criterion`` compares with the labels. ``before`` and ``after`` are
-    called with the number of finished epochs; the lists in ``kept`` that ``after`` fills stand in
-    checkpoints too, and are filled again on resume. Returns the mean training loss of each epoch.
-    Raises NatlibError if training diverges, naming ``what``.
+    ``run.config`` has ``seed``, ``epochs``, ``batch``, ``lr``, ``lr_last``, ``momentum``,
+    ``weight_decay``, ``clip`` and, unless ``batches`` are given, ``data``. ``logits`` maps an
+    augmented batch, and the epoch's generator, to the network's output, which ``criterion``
+    compares with the labels. ``before`` and ``after`` are called with the number of finished
+    epochs; the lists in ``kept`` that ``after`` fills stand in checkpoints too, and are filled
+    again on resume. Returns the mean training loss of each epoch. Raises NatlibError if training
+    diverges, naming ``what``.
     """
     config = run.config
-    parts = splits(config.data)
+    batches = batches or _InMemory(splits(config.data), config.batch, cutout)
     where = device()
     optimizer = sgd(network, config.momentum, config.weight_decay)
     kept = {"losses": [], **(kept or {})}
@@ -271,18 +305,15 @@ def train_epochs(
         optimizer.load_state_dict(state["optimizer"])
         for name, values in kept.items():
             values[:] = state[name]
-    size = len(parts.train.labels)
-    steps = size // config.batch
+    steps = batches.steps
     for epoch in range(len(losses), config.epochs):
         generator = stream(config.seed, "epoch", epoch)
         network.train()
         if before is not None:
             before(epoch)
         total = torch.zeros((), device=where)
-        for i, index in enumerate(data.index_batches(size, config.batch, generator)):
-            index = index.to(where)
-            x = augmented(parts.train, index, parts, generator, cutout)
-            loss = criterion(logits(x, generator), parts.train.labels[index])
+        for i, (x, labels) in enumerate(batches.epoch(generator)):
+            loss = criterion(logits(x, generator), labels)
             lr = cosine(epoch * steps + i, config.epochs * steps, config.lr, config.lr_last)
             sgd_step(network, optimizer, loss, lr, config.clip)
             total += loss.detach()
