@@ -204,13 +204,17 @@ def save_genotype(genotype: Genotype, path: Path) -> None:
 
 
 def trained(path: Path) -> CellNetwork:
-    """Return the network of a record of kind "train", in evaluation mode; ``path`` is its JSON.
+    """Return the network that a record's training gave, in evaluation mode; ``path`` is its JSON.
 
     Raises NatlibError if there is no such record, it is of another kind, or its weights are gone.
     """
+    if not path.is_file():
+        raise NatlibError(f"there is no file {path}")
     record = read_record(path)
-    if record.kind != "train":
-        raise NatlibError(f"{path} is a record of kind {record.kind!r}; a network is in 'train'")
+    if record.kind not in ("train", "imagenet"):
+        raise NatlibError(
+            f"{path} is a record of kind {record.kind!r}; a network is in 'train' and 'imagenet'"
+        )
     config = record.config
     network = CellNetwork(_restore(config["macro"]), genotype=_restore(config["genotype"]))
     weights = record.load("weights")

@@ -12,23 +12,21 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from natlib import data
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import Genotype
-from natlib.macro import MacroConfig
+from natlib.macro import Macro
 from natlib.network import CellNetwork
 from natlib.records import Run
-from natlib.train import device, stream, train_epochs
+from natlib.train import device, fit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -213,12 +211,12 @@ class ImageNetConfig:
     """Training a standalone network on the ImageNet folder from scratch.
 
     SGD with momentum, cosine learning rate from ``lr`` to ``lr_last``, gradient norm clipped to
-    ``clip``, cross entropy with a share ``smoothing`` of each label spread over all classes. Images
-    have the side ``macro.image_size``. Defaults are the published settings but for the epochs
-    (250) and the auxiliary head. Source: NAT, Sec. 5.1.
+    ``clip``; ``smoothing``, ``auxiliary`` and ``drop_path`` as in ``TrainConfig``. Images have the
+    side ``macro.image_size``. Defaults are the published settings; the epochs were 250. Source:
+    NAT, Sec. 5.1.
     """
 
-    macro: MacroConfig
+    macro: Macro
     genotype: Genotype
     seed: int
     epochs: int
@@ -229,6 +227,8 @@ class ImageNetConfig:
     weight_decay: float = 3e-5
     clip: float = 5.0
     smoothing: float = 0.1
+    auxiliary: float = 0.4
+    drop_path: float = 0.0
 
 
 def train_imagenet(run: Run) -> dict[str, Any]:
@@ -245,17 +245,8 @@ def train_imagenet(run: Run) -> dict[str, Any]:
     if train.classes != val.classes:
         differ = sorted({*train.classes} ^ {*val.classes})
         raise NatlibError(f"{train.folder} and {val.folder} differ in classes: {differ[:5]}")
-    network = CellNetwork(
-        config.macro, genotype=config.genotype, generator=stream(config.seed, "weights")
-    ).to(device())
-    losses = train_epochs(
-        run,
-        network,
-        lambda x, generator: network(x),
-        batches=train,
-        criterion=partial(F.cross_entropy, label_smoothing=config.smoothing),
-    )
-    first, five = accuracy(network.eval(), val)
+    network, losses = fit(run, train)
+    first, five = accuracy(network, val)
     run.save_artifact("weights", network.state_dict())
     cost = network_cost(config.genotype, config.macro)
     return {

@@ -336,9 +336,10 @@ def train_epochs(
     return losses
 
 
-def fit(run: Run) -> tuple[CellNetwork, list[float]]:
+def fit(run: Run, batches: Batches | None = None) -> tuple[CellNetwork, list[float]]:
     """Train the ``TrainConfig`` of a run from scratch, resuming from its last checkpoint.
 
+    With ``batches`` a configuration without ``data`` and ``cutout`` will do.
     Returns the network in evaluation mode and the mean training loss of each epoch. Raises
     NatlibError if training diverges.
     """
@@ -360,9 +361,9 @@ def fit(run: Run) -> tuple[CellNetwork, list[float]]:
     def before(epoch: int) -> None:
         network.drop_path = config.drop_path * epoch / config.epochs
 
-    losses = train_epochs(
-        run, network, logits, cutout=config.cutout, criterion=criterion, before=before
-    )
+    if batches is None:
+        batches = _InMemory(splits(config.data), config.batch, config.cutout)
+    losses = train_epochs(run, network, logits, batches=batches, criterion=criterion, before=before)
     return network.eval(), losses
 
 

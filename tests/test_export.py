@@ -21,7 +21,8 @@ from PIL import Image
 from natlib import NatlibError, export
 from natlib.data import normalise
 from natlib.genotype import Cell, Edge, Genotype, read
-from natlib.macro import MacroConfig
+from natlib.handcrafted import MACROS, ORIGINALS
+from natlib.macro import Macro, MacroConfig
 from natlib.network import CellNetwork
 from natlib.primitives import ALL_PRIMITIVES
 from natlib.train import TrainConfig, splits, train_standalone
@@ -36,7 +37,7 @@ EVERY = Cell(tuple(Edge(1, 2, p) for p in ALL_PRIMITIVES), (2,))
 """Every primitive, at stride 1 in a normal cell and at stride 2 in a reduction cell."""
 
 
-def network(genotype: Genotype = SMALL, macro: MacroConfig = MACRO) -> CellNetwork:
+def network(genotype: Genotype = SMALL, macro: Macro = MACRO) -> CellNetwork:
     """A network with running statistics and affine parameters that are not the initial ones."""
     built, draw = CellNetwork(macro, genotype=genotype), generator(1)
     with torch.no_grad():
@@ -47,7 +48,7 @@ def network(genotype: Genotype = SMALL, macro: MacroConfig = MACRO) -> CellNetwo
     return built.eval()
 
 
-def images(count: int, seed: int = 0, macro: MacroConfig = MACRO) -> torch.Tensor:
+def images(count: int, seed: int = 0, macro: Macro = MACRO) -> torch.Tensor:
     shape = (count, macro.image_channels, macro.image_size, macro.image_size)
     return torch.randn(shape, generator=generator(seed))
 
@@ -127,6 +128,32 @@ def test_a_saved_network_comes_back_as_it_was(name: str, tmp_path: Path) -> None
     assert described["macro"]["channels"] == 8
     plain = CellNetwork(MACRO, genotype=ZOO[name])
     plain.load_state_dict(content["weights"])
+
+
+@pytest.mark.parametrize("name", ["ResNet20", "MobileNetV2"])
+def test_hand_crafted_networks_are_saved_too(name: str, tmp_path: Path) -> None:
+    macro, file = MACROS[name, "CIFAR-10"], tmp_path / "net.pt"
+    ours = network(ORIGINALS[name], macro)
+    export.save_network(ours, file)
+    again, x = export.load_network(file), images(1, macro=macro)
+    assert again.macro == macro and torch.equal(again(x), ours(x))
+
+
+def test_what_only_training_needs_stays_behind(tmp_path: Path) -> None:
+    macro = replace(MACRO, image_size=32)
+    trained = CellNetwork(macro, genotype=SMALL, auxiliary=True).eval()
+    export.save_network(trained, tmp_path / "net.pt")
+    again, x = export.load_network(tmp_path / "net.pt"), images(1, macro=macro)
+    assert not [n for n in again.state_dict() if n.startswith("auxiliary")]
+    assert torch.equal(again(x), trained(x))
+
+
+def test_a_record_without_a_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NatlibError, match=r"there is no file .*record\.json"):
+        export.convert(str(tmp_path / "record.json"), tmp_path / "net.pt")
+    record = made.run(tmp_path, "other", MACRO, lambda run: {"accuracy": 0.5})
+    with pytest.raises(NatlibError, match=r"kind 'other'; a network is in 'train'"):
+        export.convert(str(record.path), tmp_path / "net.pt")
 
 
 def test_a_file_that_was_there_stays_when_writing_fails(

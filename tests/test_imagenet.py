@@ -17,9 +17,10 @@ from torch import Tensor
 from torchvision import transforms
 
 from natlib import NatlibError, data, imagenet
+from natlib.export import convert, load_network
 from natlib.genotype import Genotype
 from natlib.imagenet import ImageNet, ImageNetConfig, accuracy, crop_box, train_imagenet
-from natlib.macro import MacroConfig
+from natlib.macro import ImageNetMacro, MacroConfig
 from natlib.network import CellNetwork
 from tests.made import resumed_equals_uninterrupted, run
 from tests.strategies import chain, generator
@@ -204,6 +205,18 @@ def test_training_learns_and_stopped_and_resumed_equals_uninterrupted(
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert record.result["accuracy_5"] == 1.0
     assert 0 <= record.result["accuracy"] <= 1
+
+
+def test_the_published_macro_trains_with_its_auxiliary_head_and_is_exported(
+    folder: Path, tmp_path: Path
+) -> None:
+    macro = ImageNetMacro(channels=4, cells=3, classes=3)
+    config = replace(CONFIG, macro=macro, epochs=1)
+    record = run(tmp_path, "imagenet", config, train_imagenet)
+    assert any(name.startswith("auxiliary") for name in record.load("weights"))
+    convert(str(record.path), tmp_path / "net.pt")
+    again = load_network(tmp_path / "net.pt")
+    assert accuracy(again, ImageNet("val", 8))[0] == record.result["accuracy"]
 
 
 def test_smoothing_reaches_the_loss(folder: Path, tmp_path: Path) -> None:
