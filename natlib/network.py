@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,27 +109,54 @@ class _InputLayer(nn.Module):
         return out
 
 
-class _Values:
-    """The values of a cell's nodes, and their ReLUs, each taken once however many use it.
+MEMO_BYTES = 512 * 2**20
 
-    ``rectified`` holds the ReLUs that are known from the start, ``function`` takes all others.
+
+class _Value(NamedTuple):
+    """A tensor, and the number of the expression that computes it."""
+
+    number: int
+    tensor: Tensor
+
+
+class Memo:
+    """Values that a network has computed on one batch of images, by the expression of each.
+
+    Architectures on one batch that agree in a part of the network compute it once: rewritings of
+    one input share much, any two share stem and input layers. Holds at most ``limit`` bytes, those
+    of the earliest cells first, for they are met again most. Usable without gradients only, on one
+    network with one state of its weights.
     """
 
-    def __init__(
-        self,
-        raw: dict[int, Tensor],
-        rectified: dict[int, Tensor] | None = None,
-        function: Callable[[Tensor], Tensor] = F.relu,
-    ) -> None:
-        self.raw = raw
-        self._relu = rectified or {}
-        self._function = function
+    def __init__(self, limit: float = MEMO_BYTES) -> None:
+        self.limit, self.depth, self.held = limit, 0, 0
+        self._numbers: dict[tuple[Hashable, ...], int] = {}
+        self._values: list[OrderedDict[int, Tensor]] = []
 
-    def relu(self, node: int) -> Tensor:
-        """The ReLU of a node."""
-        if node not in self._relu:
-            self._relu[node] = self._function(self.raw[node])
-        return self._relu[node]
+    def take(self, compute: Callable[[], Tensor], *expression: Hashable) -> _Value:
+        """Return the value of an expression, computing it where it is not held."""
+        number = self._numbers.setdefault(expression, len(self._numbers))
+        while len(self._values) <= self.depth:
+            self._values.append(OrderedDict())
+        own = self._values[self.depth]
+        value = own.get(number)
+        if value is None:
+            value = own[number] = compute()
+            self.held += value.numel() * value.element_size()
+            while self.held > self.limit:
+                _, dropped = next(v for v in reversed(self._values) if v).popitem(last=False)
+                self.held -= dropped.numel() * dropped.element_size()
+        else:
+            own.move_to_end(number)
+        return _Value(number, value)
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self._values, self.held = [], 0
+
+    def relu(self, value: _Value, function: Callable[[Tensor], Tensor] = F.relu) -> _Value:
+        """The ReLU of a value, taken once however many edges use it; ``function`` computes it."""
+        return self.take(partial(function, value.tensor), "relu", value.number)
 
 
 class _CellModule(nn.Module):
@@ -163,52 +193,58 @@ class _CellModule(nn.Module):
 
     def forward(
         self,
-        inputs: tuple[Tensor, Tensor],
+        inputs: tuple[_Value, _Value],
         columns: tuple[Tensor | None, Tensor | None],
         cell: Cell,
+        memo: Memo,
         drop: Callable[[Tensor], Tensor] | None = None,
-    ) -> _Values:
-        """Compute the cell's live nodes from the ReLUs of its two inputs.
+    ) -> dict[int, _Value]:
+        """Compute the cell's live nodes from the ReLUs of its two inputs, a block's from both.
 
         ``drop`` is applied to what each edge adds, save where that is a node's value itself.
         """
         live = cell.live
-        if self.place.block is None:
-            values = _Values({
-                i: self.inputs[i](inputs[i], columns[i]) for i in range(INPUTS) if i in live
-            })  # fmt: skip
-        else:
-            given = dict(enumerate(inputs))
-            values = _Values(given, dict(given), self.function)
-        # Two edges with the same weights (supernet), or pools of one node, are computed once.
-        done: dict[str, Tensor] = {}
+        values = {} if self.place.block is None else dict(enumerate(inputs))
+        for i, layer in enumerate(self.inputs):
+            if i in live:
+                compute = partial(layer, inputs[i].tensor, columns[i])
+                values[i] = memo.take(compute, layer, inputs[i].number)
         for node, group in enumerate(cell.in_edges, INPUTS):
             if node not in live:
                 continue
-            total: Tensor | None = None
-            for key, e in zip(edge_keys(group), group, strict=True):
+            total: _Value | None = None
+            for place, (key, e) in enumerate(zip(edge_keys(group), group, strict=True)):
                 if e.primitive == "null":
                     continue
                 if self.shared:
                     key = f"{e.source}_{e.target}_{e.primitive}"
-                name = key
-                p = primitive(e.primitive)
-                if self.place.block is None and p.kind in ("max_pool", "avg_pool"):
-                    name = f"{e.source}_{e.primitive}"
-                if name not in done:
-                    if key not in self.edges:
-                        self._require(key, e)
-                        done[name] = values.raw[e.source]
-                    elif takes_relu(p):
-                        done[name] = self.edges[key](values.relu(e.source))
-                    else:
-                        done[name] = self.edges[key](values.raw[e.source])
-                term = done[name]
+                term = self._edge(key, e, values[e.source], memo)
                 if drop is not None and key in self.edges:
-                    term = drop(term)
-                total = term if total is None else total + term
-            values.raw[node] = self._zero(inputs[1], node) if total is None else total
+                    # Numbered by its place in the cell: equal edges are dropped each for itself.
+                    term = memo.take(partial(drop, term.tensor), self, "drop", node, place)
+                if total is None:
+                    total = term
+                else:
+                    add = partial(torch.add, total.tensor, term.tensor)
+                    total = memo.take(add, "sum", total.number, term.number)
+            if total is None:
+                zero = partial(self._zero, inputs[1].tensor, node)
+                total = memo.take(zero, self, "zero", self.place.block and node)
+            values[node] = total
         return values
+
+    def _edge(self, key: str, e: Edge, source: _Value, memo: Memo) -> _Value:
+        """The value of an edge that is not null."""
+        if key not in self.edges:
+            self._require(key, e)
+            return source
+        p, module = primitive(e.primitive), self.edges[key]
+        if takes_relu(p) and (self.place.block is None or e.source >= INPUTS):
+            source = memo.relu(source, self.function)
+        # Pools have no weights: those of one node are one, save in blocks, whose nodes differ.
+        pool = self.place.block is None and p.kind in ("max_pool", "avg_pool")
+        what: Hashable = (self, e.source < INPUTS, e.primitive) if pool else module
+        return memo.take(partial(module, source.tensor), what, source.number)
 
     def _require(self, key: str, e: Edge) -> None:
         """Refuse an edge that this network holds no weights for (a stride-1 skip needs none)."""
@@ -385,15 +421,17 @@ class CellNetwork(nn.Module):
         self,
         images: Tensor,
         genotype: Genotype | None = None,
+        memo: Memo | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Compute logits (B, classes); a supernet needs the genotype to run.
 
-        ``generator`` draws what ``drop_path`` drops. Raises NatlibError if a supernet gets no
-        genotype, or one with nodes or primitives it lacks, and if paths are to be dropped without a
-        generator.
+        ``memo`` keeps values for other genotypes on the same images; the logits are bitwise the
+        same with and without. ``generator`` draws what ``drop_path`` drops. Raises NatlibError if a
+        supernet gets no genotype, or one with nodes or primitives it lacks, and if paths are to be
+        dropped without a generator, or with a memo.
         """
-        return self._run(images, genotype, generator, False)[0]
+        return self._run(images, genotype, memo, generator, False)[0]
 
     def with_auxiliary(
         self,
@@ -404,12 +442,13 @@ class CellNetwork(nn.Module):
         """Compute the logits of both classifiers, (B, classes) each; errors as in ``forward``."""
         if self.auxiliary_behind is None:
             raise NatlibError("this network was built without an auxiliary head")
-        return self._run(images, genotype, generator, True)
+        return self._run(images, genotype, None, generator, True)
 
     def _run(
         self,
         images: Tensor,
         genotype: Genotype | None,
+        memo: Memo | None,
         generator: torch.Generator | None,
         auxiliary: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -419,49 +458,62 @@ class CellNetwork(nn.Module):
             raise NatlibError("a supernet needs a genotype to run")
         self._require_nodes(run)
         drop = self._drop(generator)
-        inputs = self._stem(images)
+        if drop is not None and memo is not None:
+            raise NatlibError(f"drop_path = {self.drop_path} leaves nothing for a memo to keep")
+        # Values of a single genotype are of use within a cell only.
+        kept = memo is not None
+        memo = memo or Memo(math.inf)
+        memo.depth = 0
+        inputs = self._stem(images, memo)
         columns: tuple[Tensor | None, Tensor | None] = (None, None)
         second = None
         for i, module in enumerate(self.cells):
             assert isinstance(module, _CellModule)
             cell = run.reduce if module.place.kind == "reduce" else run.normal
-            values = module(inputs, columns, cell, drop)
+            if not kept:
+                memo.forget()
+            memo.depth = i
+            values = module(inputs, columns, cell, memo, drop)
             if module.place.block is not None:
-                inputs = (inputs[1], self._block_output(values.raw[cell.concat[0]]))
+                inputs = (inputs[1], self._block_output(values[cell.concat[0]], memo))
                 continue
             columns = (columns[1], self._columns(cell, module.place.channels, images.device))
             at_auxiliary = auxiliary and i == self.auxiliary_behind
             if at_auxiliary or module is not self.cells[-1]:
                 # The next cells read the output through a ReLU: that of a concatenation is the
                 # concatenation of the nodes' ReLUs, most of which the edges needed anyway.
-                inputs = (inputs[1], cat([values.relu(n) for n in cell.concat]))
+                parts = [memo.relu(values[n]) for n in cell.concat]
+                compute = partial(cat, [p.tensor for p in parts])
+                numbers = tuple(p.number for p in parts)
+                inputs = (inputs[1], memo.take(compute, "cat", cell.concat, numbers))
             if at_auxiliary:
-                second = self.auxiliary_classifier(self.auxiliary(inputs[1]).flatten(1))
+                features = self.auxiliary(inputs[1].tensor).flatten(1)
+                second = self.auxiliary_classifier(features)
         if isinstance(self.macro, BlockMacro):
-            logits = self._classified(inputs[1])
+            logits = self._classified(inputs[1].tensor)
         else:
-            pooled = torch.cat([values.raw[n].mean((2, 3)) for n in cell.concat], 1)
+            pooled = torch.cat([values[n].tensor.mean((2, 3)) for n in cell.concat], 1)
             weight = pick(self.classifier.weight, columns[1])
             logits = F.linear(pooled, weight, self.classifier.bias)
         return logits, logits if second is None else second
 
-    def _stem(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _stem(self, images: Tensor, memo: Memo) -> tuple[_Value, _Value]:
         """What the first cell reads: rectified for cells, as it is for blocks."""
         if isinstance(self.macro, MacroConfig):
-            x = F.relu(self.stem_bn(self.stem(images)))
+            x = memo.relu(memo.take(lambda: self.stem_bn(self.stem(images)), "stem"))
             return x, x
-        outputs = [images]
-        for stem in self.stems:
-            outputs.append(stem(outputs[-1]))
-        first, last = outputs[1], outputs[-1]
+        outputs = [memo.take(partial(self.stems[0], images), "stem")]
+        for stem in self.stems[1:]:
+            outputs.append(memo.take(partial(stem, outputs[-1].tensor), stem, outputs[-1].number))
+        first, last = outputs[0], outputs[-1]
         if isinstance(self.macro, BlockMacro):
             return first, last
-        return F.relu(first), F.relu(last)
+        return memo.relu(first), memo.relu(last)
 
-    def _block_output(self, x: Tensor) -> Tensor:
+    def _block_output(self, x: _Value, memo: Memo) -> _Value:
         """What a block hands on: rectified, save in inverted residuals."""
         assert isinstance(self.macro, BlockMacro)
-        return x if self.macro.block == "inverted" else F.relu(x)
+        return x if self.macro.block == "inverted" else memo.relu(x)
 
     def _classified(self, x: Tensor) -> Tensor:
         """Head and classifier of a hand-crafted network."""
