@@ -523,6 +523,8 @@ def test_dropped_paths_are_those_the_generator_draws_and_only_in_training() -> N
     network.drop_path = 0.5
     with pytest.raises(NatlibError, match=r"drop_path = 0\.5 needs a generator"):
         network(images())
+    with pytest.raises(NatlibError, match=r"drop_path = 0\.5 leaves nothing for a memo"):
+        network(images(), memo=Memo(), generator=generator())
     one, same, other = (network(images(), generator=generator(s)) for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other) and not torch.equal(one, plain)
