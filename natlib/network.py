@@ -155,7 +155,7 @@ class Memo:
         self._values, self.held = [], 0
 
     def relu(self, value: _Value, function: Callable[[Tensor], Tensor] = F.relu) -> _Value:
-        """The ReLU (or ``function``) of a value, taken once however many edges use it."""
+        """The ReLU of a value, taken once however many edges use it; ``function`` computes it."""
         return self.take(partial(function, value.tensor), "relu", value.number)
 
 
@@ -199,38 +199,38 @@ class _CellModule(nn.Module):
         memo: Memo,
         drop: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[int, _Value]:
-        """Compute the cell's live nodes from the ReLUs of its two inputs.
+        """Compute the cell's live nodes from the ReLUs of its two inputs, a block's from both.
 
         ``drop`` is applied to what each edge adds, save where that is a node's value itself.
         """
         live = cell.live
-        values: dict[int, _Value] = {}
-        if self.place.block is not None:
-            values.update(enumerate(inputs))
-        else:
-            for i, layer in enumerate(self.inputs):
-                if i in live:
-                    compute = partial(layer, inputs[i].tensor, columns[i])
-                    values[i] = memo.take(compute, layer, inputs[i].number)
+        values = {} if self.place.block is None else dict(enumerate(inputs))
+        for i, layer in enumerate(self.inputs):
+            if i in live:
+                compute = partial(layer, inputs[i].tensor, columns[i])
+                values[i] = memo.take(compute, layer, inputs[i].number)
         for node, group in enumerate(cell.in_edges, INPUTS):
             if node not in live:
                 continue
             total: _Value | None = None
-            for i, (key, e) in enumerate(zip(edge_keys(group), group, strict=True)):
+            for place, (key, e) in enumerate(zip(edge_keys(group), group, strict=True)):
                 if e.primitive == "null":
                     continue
                 if self.shared:
                     key = f"{e.source}_{e.target}_{e.primitive}"
                 term = self._edge(key, e, values[e.source], memo)
                 if drop is not None and key in self.edges:
-                    term = memo.take(partial(drop, term.tensor), "drop", self, node, i)
+                    # Numbered by its place in the cell: equal edges are dropped each for itself.
+                    term = memo.take(partial(drop, term.tensor), self, "drop", node, place)
                 if total is None:
                     total = term
                 else:
                     add = partial(torch.add, total.tensor, term.tensor)
                     total = memo.take(add, "sum", total.number, term.number)
-            zero = partial(self._zero, inputs[1].tensor, node)
-            values[node] = total or memo.take(zero, self, "zero", node)
+            if total is None:
+                zero = partial(self._zero, inputs[1].tensor, node)
+                total = memo.take(zero, self, "zero", self.place.block and node)
+            values[node] = total
         return values
 
     def _edge(self, key: str, e: Edge, source: _Value, memo: Memo) -> _Value:
@@ -238,12 +238,11 @@ class _CellModule(nn.Module):
         if key not in self.edges:
             self._require(key, e)
             return source
-        p, module, block = primitive(e.primitive), self.edges[key], self.place.block is not None
-        # A block's inputs come as its first layers take them.
-        if takes_relu(p) and not (block and e.source < INPUTS):
+        p, module = primitive(e.primitive), self.edges[key]
+        if takes_relu(p) and (self.place.block is None or e.source >= INPUTS):
             source = memo.relu(source, self.function)
-        # A cell's pools have no weights: those of one node are one.
-        pool = p.kind in ("max_pool", "avg_pool") and not block
+        # Pools have no weights: those of one node are one, save in blocks, whose nodes differ.
+        pool = self.place.block is None and p.kind in ("max_pool", "avg_pool")
         what: Hashable = (self, e.source < INPUTS, e.primitive) if pool else module
         return memo.take(partial(module, source.tensor), what, source.number)
 
@@ -430,7 +429,7 @@ class CellNetwork(nn.Module):
         ``memo`` keeps values for other genotypes on the same images; the logits are bitwise the
         same with and without. ``generator`` draws what ``drop_path`` drops. Raises NatlibError if a
         supernet gets no genotype, or one with nodes or primitives it lacks, and if paths are to be
-        dropped without a generator.
+        dropped without a generator, or with a memo.
         """
         return self._run(images, genotype, memo, generator, False)[0]
 
@@ -458,11 +457,13 @@ class CellNetwork(nn.Module):
         if run is None:
             raise NatlibError("a supernet needs a genotype to run")
         self._require_nodes(run)
+        drop = self._drop(generator)
+        if drop is not None and memo is not None:
+            raise NatlibError(f"drop_path = {self.drop_path} leaves nothing for a memo to keep")
         # Values of a single genotype are of use within a cell only.
         kept = memo is not None
         memo = memo or Memo(math.inf)
         memo.depth = 0
-        drop = self._drop(generator)
         inputs = self._stem(images, memo)
         columns: tuple[Tensor | None, Tensor | None] = (None, None)
         second = None
@@ -486,7 +487,8 @@ class CellNetwork(nn.Module):
                 numbers = tuple(p.number for p in parts)
                 inputs = (inputs[1], memo.take(compute, "cat", cell.concat, numbers))
             if at_auxiliary:
-                second = self.auxiliary_classifier(self.auxiliary(inputs[1].tensor).flatten(1))
+                features = self.auxiliary(inputs[1].tensor).flatten(1)
+                second = self.auxiliary_classifier(features)
         if isinstance(self.macro, BlockMacro):
             logits = self._classified(inputs[1].tensor)
         else:
@@ -498,20 +500,20 @@ class CellNetwork(nn.Module):
     def _stem(self, images: Tensor, memo: Memo) -> tuple[_Value, _Value]:
         """What the first cell reads: rectified for cells, as it is for blocks."""
         if isinstance(self.macro, MacroConfig):
-            stem = memo.take(lambda: self.stem_bn(self.stem(images)), "stem")
-            return (memo.relu(stem),) * 2
-        outputs: list[_Value] = []
-        for i, layer in enumerate(self.stems):
-            x = outputs[-1].tensor if outputs else images
-            outputs.append(memo.take(partial(layer, x), "stem", i))
+            x = memo.relu(memo.take(lambda: self.stem_bn(self.stem(images)), "stem"))
+            return x, x
+        outputs = [memo.take(partial(self.stems[0], images), "stem")]
+        for stem in self.stems[1:]:
+            outputs.append(memo.take(partial(stem, outputs[-1].tensor), stem, outputs[-1].number))
+        first, last = outputs[0], outputs[-1]
         if isinstance(self.macro, BlockMacro):
-            return outputs[0], outputs[-1]
-        return memo.relu(outputs[0]), memo.relu(outputs[-1])
+            return first, last
+        return memo.relu(first), memo.relu(last)
 
-    def _block_output(self, value: _Value, memo: Memo) -> _Value:
+    def _block_output(self, x: _Value, memo: Memo) -> _Value:
         """What a block hands on: rectified, save in inverted residuals."""
         assert isinstance(self.macro, BlockMacro)
-        return value if self.macro.block == "inverted" else memo.relu(value)
+        return x if self.macro.block == "inverted" else memo.relu(x)
 
     def _classified(self, x: Tensor) -> Tensor:
         """Head and classifier of a hand-crafted network."""
