@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -120,15 +120,19 @@ def decode(genotypes: Sequence[Genotype], actions: Tensor, names: Sequence[str])
     return out
 
 
+Architecture = TypeVar("Architecture")
+
+
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(Generic[Architecture]):
     """One sampled rewriting of each input: genotypes, log-probability and entropy, (len,) each.
 
-    ``log_probability`` and ``entropy`` (nats) are sums over all edges of both cells and carry
-    gradients.
+    ``genotypes`` are of the inputs' type: in a complete space (``natlib.truth``) a number stands
+    for each. ``log_probability`` and ``entropy`` (nats) are sums over all choices (those of both
+    cells, where they differ) and carry gradients.
     """
 
-    genotypes: list[Genotype]
+    genotypes: list[Architecture]
     log_probability: Tensor
     entropy: Tensor
 
@@ -310,7 +314,7 @@ class Policy:
         genotypes: Sequence[Genotype],
         generator: torch.Generator,
         encoded: CellBatch | None = None,
-    ) -> Rollout:
+    ) -> Rollout[Genotype]:
         """Sample one rewriting of each genotype; ``encoded`` saves encoding them again."""
         batch = encoded or self.encode(genotypes)
         logp = self.log_probabilities(batch)
@@ -326,7 +330,7 @@ class Policy:
 
     def _rollout(
         self, genotypes: Sequence[Genotype], batch: CellBatch, logp: Tensor, actions: Tensor
-    ) -> Rollout:
+    ) -> Rollout[Genotype]:
         chosen = logp.gather(-1, actions[..., None])[..., 0]
         p = logp.exp()
         # 0 log 0 = 0, in the gradient as well.

@@ -1,0 +1,373 @@
+"""Policies trained and judged where every architecture's accuracy is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from natlib import tabular
+from natlib.errors import NatlibError
+from natlib.genotype import INPUTS
+from natlib.policy import (
+    CellBatch,
+    GCNConfig,
+    GCNLogits,
+    Logits,
+    Rollout,
+    UniformLogits,
+    bm_log_softmax,
+)
+from natlib.records import Run
+from natlib.search import policy_step
+from natlib.tabular import KINDS, Codes, Space, Values, attribute, kind_of
+from natlib.train import stream
+from natlib.transitions import by_name
+
+MASKINGS = ("BMSoftmax", "rejection", "after sampling")
+
+
+class TablePolicy:
+    """A policy network with a transition rule over a ``Space``: rewrites codes, one cell each.
+
+    ``masking`` says how forbidden transitions are kept out. "BMSoftmax": they have probability 0.
+    "rejection": the softmax covers all primitives and forbidden draws are thrown away, so what is
+    drawn follows the same distribution but gradients do not know of the mask. "after sampling": a
+    forbidden draw leaves the edge as it was. Raises NatlibError on another masking.
+    """
+
+    def __init__(
+        self, network: Logits, space: Space, transitions: str, masking: str = "BMSoftmax"
+    ) -> None:
+        if masking not in MASKINGS:
+            raise NatlibError(f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
+        self.network, self.space, self.masking = network, space, masking
+        self.allowed = space.allowed(by_name(transitions, space.primitives))
+        self.mask = torch.from_numpy(self.allowed)
+        self.powers = torch.from_numpy(space.powers.copy())
+        targets = [target - INPUTS for _, target in space.edges]
+        slots = [targets[:i].count(t) for i, t in enumerate(targets)]
+        self.nodes, self.slots = torch.tensor(targets), torch.tensor(slots)
+        shape = (max(targets) + 1, max(slots) + 1)
+        self.sources = torch.zeros(shape, dtype=torch.long)
+        self.sources[self.nodes, self.slots] = torch.tensor([s for s, _ in space.edges])
+        self.present = torch.zeros(shape, dtype=torch.bool)
+        self.present[self.nodes, self.slots] = True
+
+    def encode(self, digits: Tensor) -> CellBatch:
+        """Encode primitive indexes (B, E) as B normal cells."""
+        cells = torch.zeros(len(digits), *self.sources.shape, dtype=torch.long)
+        cells[:, self.nodes, self.slots] = digits
+        return CellBatch(
+            cells,
+            self.sources.expand_as(cells),
+            self.present.expand_as(cells),
+            torch.zeros(len(digits), dtype=torch.bool),
+        )
+
+    def scores(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return digits (B, E), logits and mask (B, E, K) of architectures.
+
+        The network sees each distinct architecture once.
+        """
+        distinct, where = torch.unique(codes, return_inverse=True)
+        k = len(self.space.primitives)
+        digits = distinct[:, None] // self.powers % k
+        logits = self.network(self.encode(digits))[:, self.nodes, self.slots]
+        mask = self.mask[torch.arange(digits.shape[1]), digits]
+        return digits[where], logits[where], mask[where]
+
+    def sample(self, inputs: Sequence[int], generator: torch.Generator) -> Rollout[int]:
+        """Sample one rewriting of each code."""
+        codes = torch.as_tensor(inputs)
+        digits, logits, mask = self.scores(codes)
+        drawn_from, logp = self._log_probabilities(logits, mask)
+        actions = _draw(drawn_from, generator)
+        p = logp.exp()
+        # 0 log 0 = 0, in the gradient as well.
+        entropy = -(p * logp.masked_fill(torch.isinf(logp), 0)).sum((1, 2))
+        chosen = logp.gather(-1, actions[..., None])[..., 0].sum(1)
+        return Rollout(self._legal(digits, actions, mask).tolist(), chosen, entropy)
+
+    @torch.no_grad()
+    def draw(self, inputs: Codes, times: int, generator: torch.Generator) -> Codes:
+        """Sample rewritings of each code: (len(inputs), times)."""
+        digits, logits, mask = self.scores(torch.from_numpy(inputs).repeat_interleave(times))
+        actions = _draw(self._log_probabilities(logits, mask)[0], generator)
+        return np.asarray(self._legal(digits, actions, mask).view(len(inputs), times))
+
+    @torch.no_grad()
+    def most_likely(self, inputs: Codes) -> Codes:
+        """Return the argmax rewriting of each code (the paper's Maximum-GCN)."""
+        digits, logits, mask = self.scores(torch.from_numpy(inputs))
+        actions = self._log_probabilities(logits, mask)[0].argmax(-1)
+        return np.asarray(self._legal(digits, actions, mask))
+
+    @torch.no_grad()
+    def accepted(self, inputs: Codes) -> float:
+        """Return how likely a draw from the softmax over all primitives is an allowed rewriting."""
+        _, logits, mask = self.scores(torch.from_numpy(inputs))
+        return float((logits.softmax(-1) * mask).sum(-1).prod(-1).mean())
+
+    def _log_probabilities(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities that are sampled from, and those that gradients go through."""
+        if self.masking == "BMSoftmax":
+            both = bm_log_softmax(logits, mask)
+            return both, both
+        unmasked = logits.log_softmax(-1)
+        if self.masking == "rejection":
+            return bm_log_softmax(logits, mask), unmasked
+        return unmasked, unmasked
+
+    def _legal(self, digits: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+        """Codes of the actions (B, E), forbidden ones left out."""
+        legal = mask.gather(-1, actions[..., None])[..., 0]
+        return (torch.where(legal, actions, digits) * self.powers).sum(1)
+
+
+def _draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index for each row: (..., K) to (...)."""
+    p = log_probabilities.detach().exp()
+    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A policy and how REINFORCE trains it on a table's validation accuracies.
+
+    ``network`` is a graph-convolution policy, or None for uniform random transitions, which need
+    no training. Each of ``updates`` draws ``architectures`` inputs that are not held out, and
+    ``rollouts`` rewritings of each. The entropy weight falls linearly from ``entropy_weight`` to
+    ``entropy_last`` (None: it stays), the learning rate from ``lr`` to ``lr_last``.
+    """
+
+    transitions: str = "natpp"
+    network: GCNConfig | None = field(default_factory=GCNConfig)
+    masking: str = "BMSoftmax"
+    updates: int = 300
+    architectures: int = 32
+    rollouts: int = 16
+    lr: float = 1e-3
+    lr_last: float | None = None
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 5e-4
+    entropy_weight: float = 0.003
+    entropy_last: float | None = None
+    baseline: str = "rollouts"
+
+
+def untrained(learner: Learner, space: Space, seed: int) -> TablePolicy:
+    """Build a learner's policy, freshly initialised."""
+    k = len(space.primitives)
+    network: Logits = UniformLogits(k)
+    if learner.network is not None:
+        degree = max(sum(t == target for _, t in space.edges) for _, target in space.edges)
+        config = replace(learner.network, degree=degree)
+        network = GCNLogits(k, config, stream(seed, "policy", learner.transitions))
+    return TablePolicy(network, space, learner.transitions, learner.masking)
+
+
+def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[TablePolicy, int]:
+    """Train a policy on inputs from ``training``; return it, and how many codes it evaluated."""
+    policy = untrained(learner, space, seed)
+    network = policy.network
+    if learner.network is None or not learner.updates:
+        return policy, 0
+    assert isinstance(network, nn.Module)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=learner.lr, betas=learner.betas,
+        weight_decay=learner.weight_decay,
+    )  # fmt: skip
+    seen = np.zeros(space.size, dtype=bool)
+
+    def reward(before: Sequence[int], after: Sequence[int]) -> list[float]:
+        b, a = np.asarray(before), np.asarray(after)
+        seen[b] = seen[a] = True
+        gained: list[float] = (space.validation[a] - space.validation[b]).tolist()
+        return gained
+
+    baseline: float | None = None
+    for update in range(learner.updates):
+        done = update / learner.updates
+        generator = stream(seed, "update", update)
+        drawn = torch.randint(len(training), (learner.architectures,), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = _between(learner.lr, learner.lr_last, done)
+        step = policy_step(
+            policy, optimizer, training[drawn.numpy()].tolist(), learner.rollouts, reward, baseline,
+            _between(learner.entropy_weight, learner.entropy_last, done), 0.99, generator,
+            learner.baseline == "rollouts",
+        )  # fmt: skip
+        baseline = step["baseline"]
+    return policy, int(seen.sum())
+
+
+def _between(first: float, last: float | None, share: float) -> float:
+    return first if last is None else first + (last - first) * share
+
+
+# Judging -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TruthConfig:
+    """One seed of a study: methods trained and judged on one space, on the same held-out inputs.
+
+    ``space`` as in ``tabular.load``. Results are given for each number of candidates in
+    ``samples``, single figures for ``chosen`` of them. ``plane`` of the held-out inputs are kept
+    with their costs, for a picture. Raises NatlibError if ``chosen`` is not among ``samples``.
+    """
+
+    space: str
+    seed: int
+    methods: tuple[tuple[str, Learner], ...]
+    held_out: int = 400
+    samples: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    chosen: int = 10
+    plane: int = 20
+
+    def __post_init__(self) -> None:
+        if self.chosen not in self.samples:
+            raise NatlibError(f"chosen = {self.chosen} is not among samples {self.samples}")
+
+
+def choose(space: Space, inputs: Codes, candidates: Codes, by: Values) -> Codes:
+    """Return the best by ``by`` of each input and its candidates (H, n) that cost no more."""
+    everything = np.concatenate([inputs[:, None], candidates], 1)
+    within = space.cheaper(everything, inputs[:, None])
+    best = np.where(within, by[everything], -np.inf).argmax(1)
+    return np.asarray(everything[np.arange(len(inputs)), best])
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What is the most that each input could become at no more cost: accuracies (H,).
+
+    ``validation`` and ``test`` within its closure under a rule, ``space_validation`` and
+    ``space_test`` among all architectures.
+    """
+
+    validation: Values
+    test: Values
+    space_validation: Values
+    space_test: Values
+
+
+def optimum(space: Space, rule: str, inputs: Codes) -> Optimum:
+    """Find the best of each input's closure and of the whole space, by looking at all."""
+    allowed = space.allowed(by_name(rule, space.primitives))
+    everything = np.arange(space.size)
+    rows = []
+    for code in inputs:
+        reached = space.closure(allowed, int(code))
+        within = everything[space.cheaper(everything, code)]
+        rows.append([
+            values[codes].max() for codes in (reached, within)
+            for values in (space.validation, space.test)
+        ])  # fmt: skip
+    return Optimum(*np.array(rows).T)
+
+
+def judge(
+    config: TruthConfig, space: Space, inputs: Codes, best: Optimum, drawn: Codes
+) -> dict[str, Any]:
+    """Say how good the candidates (H, n) of a method are, the first ones counted first.
+
+    Accuracies and their differences in 0..1, means over the inputs. Lists go over
+    ``config.samples``: ``gain`` (validation, which chose) and ``test_gain`` of the chosen candidate
+    over the input. Of ``config.chosen`` candidates: ``share`` of what is ``attainable`` in the
+    closure; ``regret`` and ``test_regret`` to the closure's best, ``space_regret`` and
+    ``space_test_regret`` to the best of all at no more cost, ``whole_regret`` to the best of all;
+    ``worse``, how often the chosen one's test accuracy is below its input's; ``inflation``, what
+    choosing on test data adds to test accuracy; ``madds`` and ``params``, their relative change;
+    ``kinds``, what each kind of transition adds to ``test_gain``. Of the first candidate as it is:
+    ``single_gain``, ``single_test_gain``, ``single_worse``, and ``dearer``, how often it costs
+    more. ``plane``: MAdds and test accuracy before and after, of ``config.plane`` inputs.
+    """
+    before, before_test = space.validation[inputs], space.test[inputs]
+    picks = {n: choose(space, inputs, drawn[:, :n], space.validation) for n in config.samples}
+    after = picks[config.chosen]
+    first = drawn[:, 0]
+    on_test = choose(space, inputs, drawn[:, : config.chosen], space.test)
+    attainable = _mean(best.validation - before)
+    points = np.stack([space.madds[inputs], before_test, space.madds[after], space.test[after]], 1)
+    return {
+        "gain": [_mean(space.validation[p] - before) for p in picks.values()],
+        "test_gain": [_mean(space.test[p] - before_test) for p in picks.values()],
+        "attainable": attainable,
+        "share": _mean(space.validation[after] - before) / attainable,
+        "regret": _mean(best.validation - space.validation[after]),
+        "test_regret": _mean(best.test - space.test[after]),
+        "space_regret": _mean(best.space_validation - space.validation[after]),
+        "space_test_regret": _mean(best.space_test - space.test[after]),
+        "whole_regret": _mean(space.validation.max() - space.validation[after]),
+        "worse": _mean(space.test[after] < before_test),
+        "inflation": _mean(space.test[on_test] - space.test[after]),
+        "madds": _mean(space.madds[after] / space.madds[inputs] - 1),
+        "params": _mean(space.params[after] / space.params[inputs] - 1),
+        "single_gain": _mean(space.validation[first] - before),
+        "single_test_gain": _mean(space.test[first] - before_test),
+        "single_worse": _mean(space.test[first] < before_test),
+        "dearer": _mean(~space.cheaper(first, inputs)),
+        "kinds": by_kind(space, inputs, after),
+        "plane": points[: config.plane].tolist(),
+    }
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return round(float(values.mean()), 6)
+
+
+def by_kind(space: Space, before: Codes, after: Codes) -> dict[str, float]:
+    """Return what each kind of transition adds to the mean change of test accuracy."""
+    shares = attribute(space, before, after, space.test)
+    names = space.primitives
+    kinds = np.array(
+        [[KINDS.index(k) if (k := kind_of(s, t)) else -1 for t in names] for s in names]
+    )
+    found = kinds[space.digits(before), space.digits(after)]
+    return {kind: shares[found == i].sum() / len(before) for i, kind in enumerate(KINDS)}
+
+
+def study(run: Run) -> dict[str, Any]:
+    """Train and judge all methods of a ``TruthConfig``; body of records of kind "truth".
+
+    Returns for each method what ``judge`` says of its samples, the same of its most likely
+    rewriting (``argmax_gain``, ...), ``accepted`` (how likely a draw from the softmax over all
+    primitives is allowed) and ``evaluations`` (distinct architectures that training looked at).
+    """
+    config: TruthConfig = run.config
+    space = tabular.load(config.space)
+    seed = np.random.default_rng(config.seed)
+    inputs, training = space.split(config.held_out, seed)
+    result: dict[str, Any] = run.load_checkpoint() or {}
+    optima: dict[str, Optimum] = {}
+    for name, learner in config.methods:
+        if name not in result:
+            rule = learner.transitions
+            if rule not in optima:
+                optima[rule] = optimum(space, rule, inputs)
+            best = optima[rule]
+            policy, evaluations = train(learner, space, training, config.seed)
+            drawn = policy.draw(inputs, max(config.samples), stream(config.seed, "draw", name))
+            likely = policy.most_likely(inputs)
+            result[name] = {
+                **judge(config, space, inputs, best, drawn),
+                "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
+                "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
+                "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
+                "accepted": policy.accepted(inputs),
+                "evaluations": evaluations,
+            }
+        run.progress(len(result), len(config.methods))
+        if run.checkpoint_due():
+            run.save_checkpoint(result)
+    return result
