@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +23,8 @@ from natlib.policy import (
     UniformLogits,
     bm_log_softmax,
 )
-from natlib.records import Run
-from natlib.search import policy_step
+from natlib.records import Body, Record, Run, RunStore, read_reference
+from natlib.search import policy_step, settings
 from natlib.tabular import KINDS, Codes, Space, Values, attribute, kind_of
 from natlib.train import stream
 from natlib.transitions import by_name
@@ -282,10 +282,11 @@ def judge(
     """Say how good the candidates (H, n) of a method are, the first ones counted first.
 
     Accuracies and their differences in 0..1, means over the inputs. Lists go over
-    ``config.samples``: ``gain`` (validation, which chose) and ``test_gain`` of the chosen candidate
-    over the input. Of ``config.chosen`` candidates: ``share`` of what is ``attainable`` in the
-    closure; ``regret`` and ``test_regret`` to the closure's best, ``space_regret`` and
-    ``space_test_regret`` to the best of all at no more cost, ``whole_regret`` to the best of all;
+    ``config.samples``: ``gains`` (validation, which chose) and ``test_gains`` of the chosen
+    candidate over the input. Of ``config.chosen`` candidates: these as ``gain`` and ``test_gain``;
+    ``share`` of what is ``attainable`` in the closure; ``regret`` and ``test_regret`` to the
+    closure's best, ``space_regret`` and ``space_test_regret`` to the best of all at no more cost,
+    ``whole_regret`` to the best of all;
     ``worse``, how often the chosen one's test accuracy is below its input's; ``inflation``, what
     choosing on test data adds to test accuracy; ``madds`` and ``params``, their relative change;
     ``kinds``, what each kind of transition adds to ``test_gain``. Of the first candidate as it is:
@@ -300,8 +301,10 @@ def judge(
     attainable = _mean(best.validation - before)
     points = np.stack([space.madds[inputs], before_test, space.madds[after], space.test[after]], 1)
     return {
-        "gain": [_mean(space.validation[p] - before) for p in picks.values()],
-        "test_gain": [_mean(space.test[p] - before_test) for p in picks.values()],
+        "gains": [_mean(space.validation[p] - before) for p in picks.values()],
+        "test_gains": [_mean(space.test[p] - before_test) for p in picks.values()],
+        "gain": _mean(space.validation[after] - before),
+        "test_gain": _mean(space.test[after] - before_test),
         "attainable": attainable,
         "share": _mean(space.validation[after] - before) / attainable,
         "regret": _mean(best.validation - space.validation[after]),
@@ -371,3 +374,155 @@ def study(run: Run) -> dict[str, Any]:
         if run.checkpoint_due():
             run.save_checkpoint(result)
     return result
+
+
+# Studies -----------------------------------------------------------------------------------------
+
+RECIPE = 1
+TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Records of kind "truth", one a seed, and in words where they come from.
+
+    ``records`` are empty where the table is missing or incomplete and nothing is recorded.
+    """
+
+    records: list[Record]
+    source: str
+
+    def values(self, method: str, metric: str) -> list[Any]:
+        """Return a metric of ``judge`` or ``study`` for a method, one value a seed."""
+        return [r.result[method][metric] for r in self.records]
+
+    def kinds(self, method: str) -> dict[str, list[float]]:
+        """Return what each kind of transition adds to test accuracy, one value a seed."""
+        found = self.values(method, "kinds")
+        return {kind: [one[kind] for one in found] for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a chapter and the scorecard share: a space, seeds, and variations of one learner.
+
+    ``learner`` maps fields of ``Learner``, ``network`` those of ``GCNConfig``. See ``methods`` for
+    ``rules``, ``entropy_weights`` and ``updates``, ``TruthConfig`` for the rest. Mappings come from
+    experiments.yml.
+    """
+
+    space: str
+    seeds: int
+    held_out: int
+    rules: tuple[str, ...]
+    learner: Mapping[str, Any]
+    network: Mapping[str, Any]
+    entropy_weights: tuple[float, ...] = ()
+    updates: tuple[int, ...] = ()
+    samples: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    chosen: int = 10
+
+    def methods(self, varied: bool = True) -> dict[str, Learner]:
+        """Return the learners by name.
+
+        Each of ``rules`` is learned, and uniformly random ("NAT++ random"). If ``varied``, there
+        are also, with NAT++: other masking and networks, a moving baseline, the published settings
+        (as many updates of the same size), constant weights λ of the entropy, and fewer updates.
+        """
+        gcn = settings(GCNConfig, self.network)
+        learner = settings(Learner, {**self.learner, "network": gcn})
+        found = {TITLES[rule]: replace(learner, transitions=rule) for rule in self.rules}
+        found |= {f"{name} random": replace(one, network=None) for name, one in found.items()}
+        if not varied:
+            return found
+        found["released GCN"] = replace(learner, network=replace(gcn, graph="released"))
+        found |= {name: replace(learner, masking=name) for name in MASKINGS[1:]}
+        found["moving baseline"] = replace(learner, baseline="moving")
+        found["published settings"] = Learner(
+            updates=learner.updates, network=gcn, lr=3e-4, baseline="moving"
+        )
+        for weight in self.entropy_weights:
+            found[f"λ = {weight:g}"] = replace(learner, entropy_weight=weight, entropy_last=None)
+        found |= {f"{number} updates": replace(learner, updates=number) for number in self.updates}
+        return found
+
+    def study(self, workers: int, scale: str, space: str = "", varied: bool = True) -> Study:
+        """Return the study of this space, or of another, computing what is not recorded.
+
+        Where the table is missing or not complete it is the recorded reference of ``scale``, if
+        there is one.
+        """
+        space = space or self.space
+        methods = tuple(self.methods(varied).items())
+        configs = [
+            TruthConfig(space, seed, methods, self.held_out, self.samples, self.chosen)
+            for seed in range(self.seeds)
+        ]
+        return Study(*_records("truth", space, configs, study, workers, scale))
+
+    def facts(self, scale: str) -> list[Record]:
+        """Return the record of kind "space", or none where it can be neither computed nor found."""
+        config = FactsConfig(self.space, self.rules)
+        return _records("space", self.space, [config], describe, 1, scale)[0]
+
+
+def _records(
+    kind: str, space: str, configs: Sequence[Any], body: Body, workers: int, scale: str
+) -> tuple[list[Record], str]:
+    """Compute records, or find them in the reference; say which in words."""
+    store, data = RunStore.default(), tabular.checksum(space)
+    lacking = tabular.lacks(space)
+    if not lacking:
+        found = store.run_many(kind, configs, body, recipe=RECIPE, data=data, workers=workers)
+        return found, "computed on this machine from the whole table"
+    known = {record.key: record for record in read_reference(scale)}
+    keys = [store.key(kind, c, recipe=RECIPE, data=data, inputs=None) for c in configs]
+    found = [known[key] for key in keys if key in known]
+    told = "our recorded results" if found else "nothing to show yet"
+    return found, f"{told}, because {lacking}"
+
+
+@dataclass(frozen=True)
+class FactsConfig:
+    """A space to describe under rules."""
+
+    space: str
+    rules: tuple[str, ...]
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Say what a whole space holds; body of records of kind "space".
+
+    Returns ``size``, ``computations`` (distinct ones), ``validation`` and ``test`` of the best by
+    each, ``chosen`` (test accuracy of the best by validation), ``front`` (MAdds and test accuracy
+    of those that no cheaper one beats), and for each of ``rules``: ``pairs`` (transitions allowed
+    on some edge), mean size of a ``closure``, mean ``attainable`` validation gain and the share of
+    architectures that are ``optimal`` already.
+    """
+    config: FactsConfig = run.config
+    space = tabular.load(config.space)
+    order = np.lexsort((-space.test, space.madds))
+    best = np.maximum.accumulate(space.test[order])
+    front = order[np.flatnonzero(np.diff(best, prepend=-1.0) > 0)]
+    rules = {}
+    for rule in config.rules:
+        allowed = space.allowed(by_name(rule, space.primitives))
+        closures = [space.closure(allowed, code) for code in range(space.size)]
+        gains = np.array([space.validation[c].max() for c in closures]) - space.validation
+        names = np.array(space.primitives)
+        rules[rule] = {
+            "pairs": [[str(names[s]), str(names[t])] for s, t in np.argwhere(allowed.any(0))],
+            "closure": float(np.mean([len(c) for c in closures])),
+            "attainable": _mean(gains),
+            "optimal": _mean(gains == 0),
+        }
+        run.progress(len(rules), len(config.rules))
+    return {
+        "size": space.size,
+        "computations": len(set(space.computation.tolist())),
+        "validation": float(space.validation.max()),
+        "test": float(space.test.max()),
+        "chosen": float(space.test[space.validation.argmax()]),
+        "front": [[float(space.madds[c]), round(float(space.test[c]), 6)] for c in front],
+        "rules": rules,
+    }
