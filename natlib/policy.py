@@ -1,4 +1,4 @@
-"""Policies over transitions: batched graph-convolution and random policies, and BMSoftmax."""
+"""Policies over transitions: graph-convolution, LSTM and random ones, batched, and BMSoftmax."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Genotype
@@ -287,6 +288,88 @@ class GCNLogits(nn.Module):
         hidden = torch.bmm(a, F.relu(torch.bmm(a, x)) @ self.second.weight.T)
         logits: Tensor = self.head(hidden)[:, INPUTS:].view(b, n, most, k)
         return logits[:, :, :d]
+
+
+WAVES = (0.5, 1.0, 2.0, 4.0)
+"""Wavelengths / 2π of the sines by which the LSTM tells nodes apart: near ones, then far ones."""
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    """Sizes of the LSTM policy; the papers print none, so defaults are the GCN's embedding, hidden.
+
+    ``hidden`` is the state's size in each of the two directions.
+    """
+
+    embedding: int = 100
+    hidden: int = 100
+
+
+class LSTMLogits(nn.Module):
+    """An LSTM that reads a cell's edges in order and gives each edge its K logits.
+
+    An edge's token is the sum of embeddings of its primitive, its two nodes and the cell's type.
+    Nodes are embedded by sines of their number, so cells of any size and in-degree can be read. It
+    reads in both directions, so that every edge's logits see the whole cell, as with the GCN.
+    Weights are drawn from ``generator``, or from one of seed 0. Source: NAT, Table 3 (LSTM).
+    """
+
+    def __init__(
+        self, primitives: int, config: LSTMConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.primitives = config, primitives
+        with torch.device("meta"):
+            self.edge = nn.Embedding(primitives, config.embedding)
+            self.kind = nn.Embedding(2, config.embedding)
+            self.place = nn.Linear(4 * len(WAVES), config.embedding, bias=False)
+            self.lstm = nn.LSTM(
+                config.embedding, config.hidden, batch_first=True, bidirectional=True
+            )
+            self.head = nn.Linear(2 * config.hidden, primitives)
+        self.to_empty(device="cpu")
+        generator = generator or torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                if name.startswith(("edge", "kind")):
+                    weight.normal_(generator=generator)
+                elif weight.ndim > 1:
+                    bound = math.sqrt(3 / weight.shape[1])
+                    if name.startswith("head"):
+                        # Start near the uniform policy: the first rollouts explore.
+                        bound *= 0.05
+                    weight.uniform_(-bound, bound, generator=generator)
+                else:
+                    weight.zero_()
+
+    def forward(self, batch: CellBatch) -> Tensor:
+        """Compute logits (B, N, D, K); those of padding mean nothing."""
+        b, n, d = batch.primitives.shape
+        target = torch.arange(INPUTS, INPUTS + n, device=batch.sources.device)
+        ends = torch.stack([batch.sources, target[:, None].expand_as(batch.sources)], -1)
+        angles = ends[..., None] / self.place.weight.new_tensor(WAVES)
+        places = torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
+        tokens = self.edge(batch.primitives) + self.place(places)
+        tokens = (tokens + self.kind(batch.reduction.long())[:, None, None]).flatten(1, 2)
+        present = batch.present.flatten(1)
+        # Padding may stand between edges; the LSTM must not see it: edges first, and back after.
+        order = present.logical_not().long().argsort(dim=1, stable=True)
+        rows = torch.arange(b, device=order.device)[:, None]
+        packed = pack_padded_sequence(
+            tokens[rows, order], present.sum(1).cpu(), batch_first=True, enforce_sorted=False
+        )
+        states, _ = pad_packed_sequence(self.lstm(packed)[0], True, total_length=n * d)
+        logits: Tensor = self.head(states[rows, order.argsort(1)])
+        return logits.view(b, n, d, -1)
+
+
+def build_logits(
+    primitives: int, config: GCNConfig | LSTMConfig, generator: torch.Generator | None = None
+) -> GCNLogits | LSTMLogits:
+    """Build the policy network that a configuration describes, over K ``primitives``."""
+    if isinstance(config, LSTMConfig):
+        return LSTMLogits(primitives, config, generator)
+    return GCNLogits(primitives, config, generator)
 
 
 class Policy:

@@ -18,10 +18,11 @@ from natlib.network import CellNetwork
 from natlib.policy import (
     Architecture,
     GCNConfig,
-    GCNLogits,
+    LSTMConfig,
     Policy,
     Rollout,
     UniformLogits,
+    build_logits,
 )
 from natlib.primitives import PRIMITIVES
 from natlib.records import Record, Run, RunStore
@@ -159,10 +160,11 @@ class PolicyConfig:
     ``rollouts`` rewritings of each, and ``reward_images`` search images; Adam maximises
     (R - baseline) log pi + ``entropy_weight`` H, where R is the accuracy gained (0..1). The
     ``baseline`` is "moving", a moving average of R, or "rollouts", the mean R of the other
-    rewritings of the same input, which also takes out how much each input leaves to gain. Defaults
-    are the published settings. Raises NatlibError on another baseline, on "rollouts" with fewer
-    than two, on a ``first_snapshot`` that the supernet does not keep, and on more ``reward_images``
-    than search images.
+    rewritings of the same input, which also takes out how much each input leaves to gain. ``gcn``
+    is the policy network, which may be an LSTM: the field keeps the name that keys of records hold.
+    Defaults are the published settings. Raises NatlibError on another baseline, on "rollouts" with
+    fewer than two, on a ``first_snapshot`` that the supernet does not keep, and on more
+    ``reward_images`` than search images.
     """
 
     supernet: SupernetConfig
@@ -179,7 +181,7 @@ class PolicyConfig:
     entropy_weight: float = 0.003
     baseline: str = "moving"
     baseline_decay: float = 0.99
-    gcn: GCNConfig = field(default_factory=GCNConfig)
+    gcn: GCNConfig | LSTMConfig = field(default_factory=GCNConfig)
     first_snapshot: int = 0
 
     def __post_init__(self) -> None:
@@ -211,10 +213,10 @@ def load_supernet(config: SupernetConfig, key: str, snapshot: int = -1) -> CellN
 
 
 def build_policy(config: PolicyConfig) -> Policy:
-    """Build the graph-convolution policy of ``config``, freshly initialised, on the CPU."""
+    """Build the policy of ``config``, freshly initialised, on the CPU."""
     transitions = by_name(config.transitions, config.supernet.space.primitives)
     generator = stream(config.seed, "policy", config.transitions)
-    return Policy(GCNLogits(len(transitions.primitives), config.gcn, generator), transitions)
+    return Policy(build_logits(len(transitions.primitives), config.gcn, generator), transitions)
 
 
 def random_policy(transitions: str, space: SpaceConfig) -> Policy:
@@ -675,9 +677,16 @@ class Setting:
     ) -> list[tuple[PolicyConfig, Record]]:
         """Trained policies of each rule on each supernet, the rules of a seed side by side.
 
-        ``policy`` maps fields of ``PolicyConfig``, those of ``GCNConfig`` under ``gcn``.
+        ``policy`` maps fields of ``PolicyConfig``, those of ``GCNConfig`` under ``gcn``, or those
+        of ``LSTMConfig`` under ``lstm``. Raises NatlibError where both are given.
         """
-        given = {**policy, "gcn": settings(GCNConfig, policy.get("gcn", {}))}
+        if "gcn" in policy and "lstm" in policy:
+            raise NatlibError("a policy's network is given twice: allowed is one of 'gcn', 'lstm'")
+        given = dict(policy)
+        if "lstm" in policy:
+            given["gcn"] = settings(LSTMConfig, given.pop("lstm"))
+        else:
+            given["gcn"] = settings(GCNConfig, policy.get("gcn", {}))
         configs = [
             settings(
                 PolicyConfig,

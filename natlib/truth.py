@@ -17,11 +17,12 @@ from natlib.genotype import INPUTS
 from natlib.policy import (
     CellBatch,
     GCNConfig,
-    GCNLogits,
     Logits,
+    LSTMConfig,
     Rollout,
     UniformLogits,
     bm_log_softmax,
+    build_logits,
 )
 from natlib.records import Body, Record, Run, RunStore, read_reference
 from natlib.search import policy_step, settings
@@ -143,14 +144,14 @@ def _draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
 class Learner:
     """A policy and how REINFORCE trains it on a table's validation accuracies.
 
-    ``network`` is a graph-convolution policy, or None for uniform random transitions, which need
-    no training. Each of ``updates`` draws ``architectures`` inputs that are not held out, and
+    ``network`` is a policy network (a graph convolution is built for the space's in-degree), or
+    None for uniform random transitions, which need no training. Each of ``updates`` draws ``architectures`` inputs that are not held out, and
     ``rollouts`` rewritings of each. The entropy weight falls linearly from ``entropy_weight`` to
     ``entropy_last`` (None: it stays), the learning rate from ``lr`` to ``lr_last``.
     """
 
     transitions: str = "natpp"
-    network: GCNConfig | None = field(default_factory=GCNConfig)
+    network: GCNConfig | LSTMConfig | None = field(default_factory=GCNConfig)
     masking: str = "BMSoftmax"
     updates: int = 300
     architectures: int = 32
@@ -168,10 +169,11 @@ def untrained(learner: Learner, space: Space, seed: int) -> TablePolicy:
     """Build a learner's policy, freshly initialised."""
     k = len(space.primitives)
     network: Logits = UniformLogits(k)
-    if learner.network is not None:
-        degree = max(sum(t == target for _, t in space.edges) for _, target in space.edges)
-        config = replace(learner.network, degree=degree)
-        network = GCNLogits(k, config, stream(seed, "policy", learner.transitions))
+    if (config := learner.network) is not None:
+        if isinstance(config, GCNConfig):
+            targets = [target for _, target in space.edges]
+            config = replace(config, degree=max(targets.count(target) for target in targets))
+        network = build_logits(k, config, stream(seed, "policy", learner.transitions))
     return TablePolicy(network, space, learner.transitions, learner.masking)
 
 
@@ -406,7 +408,7 @@ class Study:
 class Setting:
     """What a chapter and the scorecard share: a space, seeds, and variations of one learner.
 
-    ``learner`` maps fields of ``Learner``, ``network`` those of ``GCNConfig``. See ``methods`` for
+    ``learner`` maps fields of ``Learner``, ``gcn`` and ``lstm`` those of its networks. See ``methods`` for
     ``rules``, ``entropy_weights`` and ``updates``, ``TruthConfig`` for the rest. Mappings come from
     experiments.yml.
     """
@@ -416,7 +418,8 @@ class Setting:
     held_out: int
     rules: tuple[str, ...]
     learner: Mapping[str, Any]
-    network: Mapping[str, Any]
+    gcn: Mapping[str, Any]
+    lstm: Mapping[str, Any]
     entropy_weights: tuple[float, ...] = ()
     updates: tuple[int, ...] = ()
     samples: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
@@ -429,13 +432,14 @@ class Setting:
         are also, with NAT++: other masking and networks, a moving baseline, the published settings
         (as many updates of the same size), constant weights λ of the entropy, and fewer updates.
         """
-        gcn = settings(GCNConfig, self.network)
+        gcn = settings(GCNConfig, self.gcn)
         learner = settings(Learner, {**self.learner, "network": gcn})
         found = {TITLES[rule]: replace(learner, transitions=rule) for rule in self.rules}
         found |= {f"{name} random": replace(one, network=None) for name, one in found.items()}
         if not varied:
             return found
         found["released GCN"] = replace(learner, network=replace(gcn, graph="released"))
+        found["LSTM"] = replace(learner, network=settings(LSTMConfig, self.lstm))
         found |= {name: replace(learner, masking=name) for name in MASKINGS[1:]}
         found["moving baseline"] = replace(learner, baseline="moving")
         found["published settings"] = Learner(

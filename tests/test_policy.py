@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from natlib.policy import (
     CellBatch,
     GCNConfig,
     GCNLogits,
+    LSTMConfig,
+    LSTMLogits,
     Policy,
     UniformLogits,
     bm_log_softmax,
     bm_softmax,
+    build_logits,
     decode,
 )
 from natlib.primitives import PRIMITIVES
@@ -30,11 +34,16 @@ from tests.strategies import chain, generator, genotypes, random_genotypes
 K = len(PRIMITIVES)
 SMALL = GCNConfig(embedding=8, feature=16, hidden=12)
 GRAPHS = ["both", "released"]
+NETWORKS = {
+    "both": GCNConfig(8, 16, 12, degree=3),
+    "released": GCNConfig(8, 16, 12, degree=3, graph="released"),
+    "lstm": LSTMConfig(8, 12),
+}
 MIXED = [*random_genotypes(3), *random_genotypes(2, nodes=(5,)), ZOO["ENAS"], ZOO["VGG"]]
 
 
-def gcn_policy(rule: str = "natpp", config: GCNConfig = SMALL, seed: int = 0) -> Policy:
-    logits = GCNLogits(K, config, generator(seed))
+def learner(rule: str = "natpp", config: GCNConfig | LSTMConfig = SMALL, seed: int = 0) -> Policy:
+    logits = build_logits(K, config, generator(seed))
     with torch.no_grad():
         # Far from uniform, so that a mistake in a logit shows.
         logits.head.weight.mul_(20)
@@ -170,7 +179,7 @@ def keeps_graph(before: Genotype, after: Genotype) -> bool:
 @given(
     st.lists(genotypes(PRIMITIVES, nodes=(4, 5)), min_size=1, max_size=5),
     st.sampled_from(sorted(RULES)),
-    st.sampled_from(["random", *GRAPHS]),
+    st.sampled_from(["random", *NETWORKS]),
     st.integers(0, 2**32),
 )
 def test_rollouts_never_leave_the_mask_nor_move_an_edge(
@@ -179,7 +188,7 @@ def test_rollouts_never_leave_the_mask_nor_move_an_edge(
     if kind == "random":
         policy = Policy(UniformLogits(K), by_name(rule))
     else:
-        policy = gcn_policy(rule, GCNConfig(8, 16, 12, graph=kind), seed % 7)
+        policy = learner(rule, NETWORKS[kind], seed % 7)
     rollout = policy.sample(inputs, generator(seed))
     for outputs in (rollout.genotypes, policy.most_likely(inputs)):
         for before, after in zip(inputs, outputs, strict=True):
@@ -204,7 +213,7 @@ def test_every_allowed_transition_is_drawn_and_no_other(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_staying_put_always_has_a_chance(rule: str) -> None:
-    policy = gcn_policy(rule)
+    policy = learner(rule)
     batch = policy.encode(MIXED)
     with torch.no_grad():
         p = policy.log_probabilities(batch).exp()
@@ -215,9 +224,9 @@ def test_staying_put_always_has_a_chance(rule: str) -> None:
     assert bool((p[forbidden] == 0).all())
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_log_probability_and_entropy_are_sums_over_the_edges_that_exist(graph: str) -> None:
-    policy = gcn_policy(config=GCNConfig(8, 16, 12, graph=graph))
+@pytest.mark.parametrize("network", NETWORKS)
+def test_log_probability_and_entropy_are_sums_over_the_edges_that_exist(network: str) -> None:
+    policy = learner(config=NETWORKS[network])
     rollout = policy.sample(MIXED, generator())
     logp = policy.log_probabilities(policy.encode(MIXED))
     for i, (before, after) in enumerate(zip(MIXED, rollout.genotypes, strict=True)):
@@ -232,9 +241,10 @@ def test_log_probability_and_entropy_are_sums_over_the_edges_that_exist(graph: s
         torch.testing.assert_close(float(rollout.entropy[i].detach()), math.fsum(entropy))
 
 
-def test_gradients_are_finite_even_where_the_policy_is_certain() -> None:
-    policy = gcn_policy()
-    assert isinstance(policy.logits, GCNLogits)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gradients_are_finite_even_where_the_policy_is_certain(network: str) -> None:
+    policy = learner(config=NETWORKS[network])
+    assert isinstance(policy.logits, GCNLogits | LSTMLogits)
     with torch.no_grad():
         policy.logits.head.bias.mul_(1e4)
     rollout = policy.sample(MIXED, generator())
@@ -245,7 +255,7 @@ def test_gradients_are_finite_even_where_the_policy_is_certain() -> None:
 
 
 def test_the_most_likely_rewriting_takes_the_largest_probability_of_each_edge() -> None:
-    policy = gcn_policy()
+    policy = learner()
     logp = policy.log_probabilities(policy.encode(MIXED))
     for i, after in enumerate(policy.most_likely(MIXED)):
         for k, (_, cell) in enumerate(after.cells):
@@ -264,7 +274,7 @@ def test_the_random_policy_gives_every_allowed_transition_the_same_chance() -> N
 
 
 def test_samples_have_the_policys_frequencies() -> None:
-    policy = gcn_policy()
+    policy = learner()
     genotype = Genotype(chain("conv_5x5", "sep_conv_5x5"), chain("dil_conv_5x5", "null"))
     with torch.no_grad():
         rollout = policy.sample([genotype] * 4000, generator())
@@ -278,27 +288,30 @@ def test_samples_have_the_policys_frequencies() -> None:
     assert bool(((count / 4000 - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-9).all())
 
 
-def test_sampling_follows_its_generator_and_touches_no_other() -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_sampling_follows_its_generator_and_touches_no_other(network: str) -> None:
     state = torch.random.get_rng_state()
-    policy = gcn_policy()
+    policy = learner(config=NETWORKS[network])
     first, again, other = (policy.sample(MIXED, generator(s)).genotypes for s in (0, 0, 1))
     assert first == again
     assert first != other
     encoded = policy.sample(MIXED, generator(), policy.encode(MIXED)).genotypes
     assert encoded == first
     policy.most_likely(MIXED)
-    GCNLogits(K, SMALL)
+    build_logits(K, NETWORKS[network])
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_the_same_seed_gives_the_same_policy() -> None:
-    a, b, c = (GCNLogits(K, SMALL, generator(seed)).state_dict() for seed in (0, 0, 1))
+@pytest.mark.parametrize("config", NETWORKS.values())
+def test_the_same_seed_gives_the_same_policy(config: GCNConfig | LSTMConfig) -> None:
+    a, b, c = (build_logits(K, config, generator(seed)).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(a[n], b[n]) for n in a)
     assert not torch.equal(a["head.weight"], c["head.weight"])
 
 
-def test_an_untrained_policy_is_nearly_uniform() -> None:
-    policy = Policy(GCNLogits(K, GCNConfig(), generator()), by_name("natpp"))
+@pytest.mark.parametrize("config", [GCNConfig(), LSTMConfig()])
+def test_an_untrained_policy_is_nearly_uniform(config: GCNConfig | LSTMConfig) -> None:
+    policy = Policy(build_logits(K, config, generator()), by_name("natpp"))
     uniform = Policy(UniformLogits(K), by_name("natpp"))
     with torch.no_grad():
         entropy = policy.sample(MIXED, generator()).entropy
@@ -309,10 +322,10 @@ def test_an_untrained_policy_is_nearly_uniform() -> None:
 # --- batching ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_batch_equals_one_by_one(rule: str, graph: str) -> None:
-    policy = gcn_policy(rule, GCNConfig(8, 16, 12, degree=3, graph=graph))
+def test_a_batch_equals_one_by_one(rule: str, network: str) -> None:
+    policy = learner(rule, NETWORKS[network])
     three = Cell((*ZOO["DARTS"].normal.edges, Edge(1, 5, "conv_5x5")), (2, 3, 4, 5))
     inputs = [*MIXED, Genotype(chain("conv_3x3", "null"), three)]
     whole = policy.log_probabilities(policy.encode(inputs))
@@ -324,10 +337,13 @@ def test_a_batch_equals_one_by_one(rule: str, graph: str) -> None:
         torch.testing.assert_close(part[batch.present], alone[batch.present])
 
 
-@pytest.mark.parametrize("graph", GRAPHS)
-def test_what_fills_up_a_batch_has_no_influence(graph: str) -> None:
-    policy = gcn_policy(config=GCNConfig(8, 16, 12, graph=graph))
-    batch = policy.encode(MIXED)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_what_fills_up_a_batch_has_no_influence(network: str) -> None:
+    policy = learner(config=NETWORKS[network])
+    # A node with one edge before nodes with three: what fills up stands between edges.
+    uneven = Cell((*chain("conv_3x3", "null").edges, *(Edge(i, 3, "null") for i in range(3))), (3,))
+    inputs = [*MIXED, Genotype(uneven, chain("null", "skip_connect", "conv_5x5"))]
+    batch = policy.encode(inputs)
     filled = CellBatch(
         torch.where(batch.present, batch.primitives, torch.tensor(PRIMITIVES.index("conv_5x5"))),
         torch.where(batch.present, batch.sources, torch.tensor(1)),
@@ -338,7 +354,7 @@ def test_what_fills_up_a_batch_has_no_influence(graph: str) -> None:
     a, b = policy.log_probabilities(batch), policy.log_probabilities(filled)
     assert torch.equal(a[batch.present], b[batch.present])
     # Filling is no graph edge, and sampling one changes no sum.
-    one, two = (policy.sample(MIXED, generator(), e) for e in (batch, filled))
+    one, two = (policy.sample(inputs, generator(), e) for e in (batch, filled))
     assert one.genotypes == two.genotypes
     torch.testing.assert_close(one.log_probability, two.log_probability)
     torch.testing.assert_close(one.entropy, two.entropy)
@@ -347,7 +363,7 @@ def test_what_fills_up_a_batch_has_no_influence(graph: str) -> None:
 def test_a_node_with_more_inputs_than_the_policy_was_built_for() -> None:
     three = Cell(tuple(Edge(0, 2, "null") for _ in range(3)), (2,))
     with pytest.raises(NatlibError, match="3 incoming edges; this policy was built for 2"):
-        gcn_policy().sample([Genotype(three, three)], generator())
+        learner().sample([Genotype(three, three)], generator())
 
 
 def test_unknown_graph_form() -> None:
@@ -376,11 +392,12 @@ def test_logits_and_gradients_equal_the_literal_policy(graph: str, degree: int) 
         torch.testing.assert_close(ours, literal)
 
 
-def test_one_policy_takes_cells_with_other_numbers_of_incoming_edges() -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_one_policy_takes_cells_with_other_numbers_of_incoming_edges(network: str) -> None:
     nasbench = parse(
         "|nor_conv_3x3~0|+|none~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_1x1~1|nor_conv_3x3~2|"
     )
-    policy = gcn_policy(config=GCNConfig(8, 16, 12, degree=3))
+    policy = learner(config=NETWORKS[network])
     found = policy.sample([nasbench, *MIXED], generator()).genotypes
     assert found[0] != nasbench
     for before, after in zip([nasbench, *MIXED], found, strict=True):
@@ -390,10 +407,13 @@ def test_one_policy_takes_cells_with_other_numbers_of_incoming_edges() -> None:
 # --- what the policy sees ----------------------------------------------------------------------
 
 
-def seen(graph: str, cells: Sequence[Cell]) -> list[list[list[bool]]]:
+OURS = GCNConfig(embedding=8, feature=32, hidden=32)
+RELEASED = replace(OURS, graph="released")
+
+
+def seen(config: GCNConfig | LSTMConfig, cells: Sequence[Cell]) -> list[list[list[bool]]]:
     """For each cell: does edge i's primitive move edge j's logits? Found by changing it."""
-    config = GCNConfig(embedding=8, feature=32, hidden=32, graph=graph)
-    logits = GCNLogits(K, config, generator()).double()
+    logits = build_logits(K, config, generator()).double()
     found = []
     for cell in cells:
         size = len(cell.edges)
@@ -418,7 +438,7 @@ def depends(moved: list[list[bool]]) -> list[bool]:
 def test_our_policy_sees_every_edges_own_primitive_and_its_neighbours() -> None:
     cells = [c for g in random_genotypes(20) for _, c in g.cells]
     cells += [c for n in ("DARTS", "VGG", "R1") for _, c in ZOO[n].cells]
-    for cell, moved in zip(cells, seen("both", cells), strict=True):
+    for cell, moved in zip(cells, seen(OURS, cells), strict=True):
         assert all(moved[i][i] for i in range(len(cell.edges)))
         for i, a in enumerate(cell.edges):
             for j, b in enumerate(cell.edges):
@@ -431,7 +451,7 @@ def test_our_policy_sees_every_edges_own_primitive_and_its_neighbours() -> None:
 def test_the_released_policy_never_sees_an_edges_own_primitive() -> None:
     cells = [c for g in random_genotypes(100) for _, c in g.cells]
     blind = total = 0
-    for cell, moved in zip(cells, seen("released", cells), strict=True):
+    for cell, moved in zip(cells, seen(RELEASED, cells), strict=True):
         assert not any(moved[i][i] for i in range(len(cell.edges)))
         for j, b in enumerate(cell.edges):
             # Two steps against the arrows: only what enters the sources of an edge's siblings'
@@ -449,15 +469,36 @@ def test_the_released_policy_never_sees_an_edges_own_primitive() -> None:
 
 def test_the_released_policy_sees_nothing_of_darts() -> None:
     cells = [ZOO["DARTS"].normal, ZOO["DARTS"].reduce]
-    for moved in seen("released", cells):
+    for moved in seen(RELEASED, cells):
         assert not any(depends(moved))
-    for moved in seen("both", cells):
+    for moved in seen(OURS, cells):
         assert all(depends(moved))
 
 
-def test_the_policy_knows_the_cells_type_and_each_inputs_place() -> None:
+def test_the_lstm_sees_the_whole_cell_from_every_edge() -> None:
+    for genotype in (*random_genotypes(5), *random_genotypes(2, nodes=(9,))):
+        for moved in seen(LSTMConfig(8, 12), [genotype.normal, genotype.reduce]):
+            assert all(all(row) for row in moved)
+
+
+def test_the_lstm_tells_every_node_from_the_others() -> None:
+    # Five nodes as in ENAS, and a row of twenty: it was built for no number of nodes.
+    for nodes in (5, 20):
+        last = INPUTS + nodes - 1
+        rest = tuple(Edge(0, t, "conv_3x3") for t in range(INPUTS, last))
+        cells = [Cell((*rest, Edge(s, last, "conv_3x3")), (last,)) for s in range(last)]
+        logits = LSTMLogits(K, LSTMConfig(8, 12), generator()).double()
+        with torch.no_grad():
+            z = logits(CellBatch.encode([Genotype(c, c) for c in cells], PRIMITIVES))[::2, -1, 0]
+        assert float(torch.pdist(z).min()) > 1e-6
+
+
+@pytest.mark.parametrize("config", [SMALL, LSTMConfig(8, 12)])
+def test_the_policy_knows_the_cells_type_and_each_inputs_place(
+    config: GCNConfig | LSTMConfig,
+) -> None:
     def rows(cell: Cell) -> Tensor:
-        logits = GCNLogits(K, SMALL, generator()).double()
+        logits = build_logits(K, config, generator()).double()
         with torch.no_grad():
             return logits(CellBatch.encode([Genotype(cell, cell)], PRIMITIVES))
 

@@ -20,7 +20,14 @@ from natlib import NatlibError, data, search
 from natlib.cost import Cost, network_cost
 from natlib.genotype import INPUTS, Genotype
 from natlib.macro import MacroConfig
-from natlib.policy import GCNConfig, GCNLogits, Policy, UniformLogits
+from natlib.policy import (
+    GCNConfig,
+    GCNLogits,
+    LSTMConfig,
+    Policy,
+    UniformLogits,
+    build_logits,
+)
 from natlib.primitives import NAT_PRIMITIVES, PRIMITIVES
 from natlib.records import Record, RunStore
 from natlib.search import (
@@ -384,8 +391,13 @@ def test_entropy_alone_keeps_a_policy_open() -> None:
     assert entropy[-1] > 0.9 * most
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_policy_learns_the_best_transition_of_every_primitive(rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "network"),
+    [*((rule, GCNConfig(16, 64, 32)) for rule in RULES), ("natpp", LSTMConfig(32, 32))],
+)
+def test_a_policy_learns_the_best_transition_of_every_primitive(
+    rule: str, network: GCNConfig | LSTMConfig
+) -> None:
     """Reward: the share of edges that carry what a fixed table names as best for their primitive.
 
     Entropy first counts much, then little: with little from the start REINFORCE settles on what
@@ -407,7 +419,7 @@ def test_a_policy_learns_the_best_transition_of_every_primitive(rule: str) -> No
         ]
 
     gen = generator()
-    policy = Policy(GCNLogits(13, GCNConfig(16, 64, 32), gen), transitions)
+    policy = Policy(build_logits(13, network, gen), transitions)
     assert isinstance(policy.logits, nn.Module)
     optimizer = torch.optim.Adam(policy.logits.parameters(), lr=1e-2, betas=(0.5, 0.999))
     pool = random_genotypes(1000, nodes=(1,))
@@ -509,8 +521,11 @@ def test_policy_goes_through_the_snapshots_in_order(
     assert seen == used
 
 
-def test_a_trained_policy_is_loaded_as_it_was_saved(supernet: Record) -> None:
-    config, key = trained_policy(supernet)
+@pytest.mark.parametrize("network", [SMALL, LSTMConfig(8, 16)])
+def test_a_trained_policy_is_loaded_as_it_was_saved(
+    supernet: Record, network: GCNConfig | LSTMConfig
+) -> None:
+    config, key = trained_policy(supernet, gcn=network)
     policy = load_policy(config, key)
     fresh = build_policy(config)
     assert isinstance(policy.logits, nn.Module)
@@ -876,3 +891,7 @@ def test_settings_that_lack_something() -> None:
         SETTING.policies(["nat"], {"updates": 1, "rate": 0.1})
     with pytest.raises(NatlibError, match="unknown setting 'width' of GCNConfig"):
         SETTING.policies(["nat"], {"updates": 1, "gcn": {"width": 3}})
+    with pytest.raises(NatlibError, match="unknown setting 'feature' of LSTMConfig"):
+        SETTING.policies(["nat"], {"updates": 1, "lstm": {"feature": 3}})
+    with pytest.raises(NatlibError, match="one of 'gcn', 'lstm'"):
+        SETTING.policies(["nat"], {"updates": 1, "gcn": {}, "lstm": {}})
