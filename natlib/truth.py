@@ -145,7 +145,8 @@ class Learner:
     """A policy and how REINFORCE trains it on a table's validation accuracies.
 
     ``network`` is a policy network (a graph convolution is built for the space's in-degree), or
-    None for uniform random transitions, which need no training. Each of ``updates`` draws ``architectures`` inputs that are not held out, and
+    None for uniform random transitions, which need no training. Each of ``updates`` draws
+    ``architectures`` inputs that are not held out, and
     ``rollouts`` rewritings of each. The entropy weight falls linearly from ``entropy_weight`` to
     ``entropy_last`` (None: it stays), the learning rate from ``lr`` to ``lr_last``.
     """
@@ -177,12 +178,12 @@ def untrained(learner: Learner, space: Space, seed: int) -> TablePolicy:
     return TablePolicy(network, space, learner.transitions, learner.masking)
 
 
-def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[TablePolicy, int]:
-    """Train a policy on inputs from ``training``; return it, and how many codes it evaluated."""
+def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[TablePolicy, float]:
+    """Train a policy on inputs from ``training``; return it, and the share of codes looked at."""
     policy = untrained(learner, space, seed)
     network = policy.network
     if learner.network is None or not learner.updates:
-        return policy, 0
+        return policy, 0.0
     assert isinstance(network, nn.Module)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=learner.lr, betas=learner.betas,
@@ -209,11 +210,32 @@ def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[T
             learner.baseline == "rollouts",
         )  # fmt: skip
         baseline = step["baseline"]
-    return policy, int(seen.sum())
+    return policy, _mean(seen)
 
 
 def _between(first: float, last: float | None, share: float) -> float:
     return first if last is None else first + (last - first) * share
+
+
+# Searches ----------------------------------------------------------------------------------------
+
+SEARCHES = ("random search",)
+SEARCHED = "natpp"
+
+
+def searched(
+    name: str, space: Space, inputs: Codes, times: int, generator: torch.Generator
+) -> Codes:
+    """Return what a search evaluates for each input, in order: (len(inputs), times).
+
+    "random search" draws from all architectures that cost no more than the input.
+    """
+    everything = np.arange(space.size)
+    rows = []
+    for code in inputs:
+        within = everything[space.cheaper(everything, code)]
+        rows.append(within[torch.randint(len(within), (times,), generator=generator).numpy()])
+    return np.stack(rows)
 
 
 # Judging -----------------------------------------------------------------------------------------
@@ -223,17 +245,19 @@ def _between(first: float, last: float | None, share: float) -> float:
 class TruthConfig:
     """One seed of a study: methods trained and judged on one space, on the same held-out inputs.
 
-    ``space`` as in ``tabular.load``. Results are given for each number of candidates in
-    ``samples``, single figures for ``chosen`` of them. ``plane`` of the held-out inputs are kept
-    with their costs, for a picture. Raises NatlibError if ``chosen`` is not among ``samples``.
+    ``space`` as in ``tabular.load``, ``searches`` some of ``SEARCHES``. Results are given for each
+    number of candidates in ``samples``, single figures for ``chosen`` of them. ``plane`` of the
+    held-out inputs are kept with their costs, for a picture. Raises NatlibError if ``chosen`` is
+    not among ``samples``.
     """
 
     space: str
     seed: int
     methods: tuple[tuple[str, Learner], ...]
-    held_out: int = 400
-    samples: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
-    chosen: int = 10
+    searches: tuple[str, ...]
+    held_out: int
+    samples: tuple[int, ...]
+    chosen: int
     plane: int = 20
 
     def __post_init__(self) -> None:
@@ -345,15 +369,17 @@ def by_kind(space: Space, before: Codes, after: Codes) -> dict[str, float]:
 def study(run: Run) -> dict[str, Any]:
     """Train and judge all methods of a ``TruthConfig``; body of records of kind "truth".
 
-    Returns for each method what ``judge`` says of its samples, the same of its most likely
-    rewriting (``argmax_gain``, ...), ``accepted`` (how likely a draw from the softmax over all
-    primitives is allowed) and ``evaluations`` (distinct architectures that training looked at).
+    Returns for each method what ``judge`` says of its samples and, of policies, ``looked_at``, the
+    share of the space whose accuracy training used, and, of trained ones, the same of their most
+    likely rewriting (``argmax_gain``, ...) and ``accepted``, how likely a draw from the softmax
+    over all primitives is allowed.
     """
     config: TruthConfig = run.config
     space = tabular.load(config.space)
     seed = np.random.default_rng(config.seed)
     inputs, training = space.split(config.held_out, seed)
     result: dict[str, Any] = run.load_checkpoint() or {}
+    total = len(config.methods) + len(config.searches)
     optima: dict[str, Optimum] = {}
     for name, learner in config.methods:
         if name not in result:
@@ -361,20 +387,28 @@ def study(run: Run) -> dict[str, Any]:
             if rule not in optima:
                 optima[rule] = optimum(space, rule, inputs)
             best = optima[rule]
-            policy, evaluations = train(learner, space, training, config.seed)
+            policy, looked_at = train(learner, space, training, config.seed)
             drawn = policy.draw(inputs, max(config.samples), stream(config.seed, "draw", name))
-            likely = policy.most_likely(inputs)
-            result[name] = {
-                **judge(config, space, inputs, best, drawn),
-                "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
-                "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
-                "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
-                "accepted": policy.accepted(inputs),
-                "evaluations": evaluations,
-            }
-        run.progress(len(result), len(config.methods))
+            result[name] = judge(config, space, inputs, best, drawn)
+            result[name]["looked_at"] = looked_at
+            if learner.network is not None:
+                likely = policy.most_likely(inputs)
+                result[name] |= {
+                    "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
+                    "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
+                    "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
+                    "accepted": policy.accepted(inputs),
+                }
+        run.progress(len(result), total)
         if run.checkpoint_due():
             run.save_checkpoint(result)
+    for name in config.searches:
+        if name not in result:
+            best = optimum(space, SEARCHED, inputs)
+            draw = stream(config.seed, name)
+            drawn = searched(name, space, inputs, max(config.samples), draw)
+            result[name] = judge(config, space, inputs, best, drawn)
+        run.progress(len(result), total)
     return result
 
 
@@ -395,8 +429,9 @@ class Study:
     source: str
 
     def values(self, method: str, metric: str) -> list[Any]:
-        """Return a metric of ``judge`` or ``study`` for a method, one value a seed."""
-        return [r.result[method][metric] for r in self.records]
+        """Return a method's metric (see ``judge``, ``study``), one value a seed; [] without."""
+        results = [record.result[method] for record in self.records]
+        return [result[metric] for result in results if metric in result]
 
     def kinds(self, method: str) -> dict[str, list[float]]:
         """Return what each kind of transition adds to test accuracy, one value a seed."""
@@ -408,9 +443,9 @@ class Study:
 class Setting:
     """What a chapter and the scorecard share: a space, seeds, and variations of one learner.
 
-    ``learner`` maps fields of ``Learner``, ``gcn`` and ``lstm`` those of its networks. See ``methods`` for
-    ``rules``, ``entropy_weights`` and ``updates``, ``TruthConfig`` for the rest. Mappings come from
-    experiments.yml.
+    ``learner`` maps fields of ``Learner``, ``gcn`` and ``lstm`` those of its networks; mappings
+    come from experiments.yml. See ``methods`` for ``rules``, ``entropy_weights`` and ``updates``,
+    ``TruthConfig`` for the rest.
     """
 
     space: str
@@ -457,9 +492,9 @@ class Setting:
         there is one.
         """
         space = space or self.space
-        methods = tuple(self.methods(varied).items())
+        methods, searches = tuple(self.methods(varied).items()), SEARCHES if varied else ()
         configs = [
-            TruthConfig(space, seed, methods, self.held_out, self.samples, self.chosen)
+            TruthConfig(space, seed, methods, searches, self.held_out, self.samples, self.chosen)
             for seed in range(self.seeds)
         ]
         return Study(*_records("truth", space, configs, study, workers, scale))
@@ -499,9 +534,9 @@ def describe(run: Run) -> dict[str, Any]:
 
     Returns ``size``, ``computations`` (distinct ones), ``validation`` and ``test`` of the best by
     each, ``chosen`` (test accuracy of the best by validation), ``front`` (MAdds and test accuracy
-    of those that no cheaper one beats), and for each of ``rules``: ``pairs`` (transitions allowed
-    on some edge), mean size of a ``closure``, mean ``attainable`` validation gain and the share of
-    architectures that are ``optimal`` already.
+    of those that no cheaper one beats), and for each of ``rules``: ``targets`` (what each
+    primitive may become on some edge), mean size of a ``closure``, mean ``attainable`` validation
+    gain and the share of architectures that are ``optimal`` already.
     """
     config: FactsConfig = run.config
     space = tabular.load(config.space)
@@ -513,9 +548,12 @@ def describe(run: Run) -> dict[str, Any]:
         allowed = space.allowed(by_name(rule, space.primitives))
         closures = [space.closure(allowed, code) for code in range(space.size)]
         gains = np.array([space.validation[c].max() for c in closures]) - space.validation
-        names = np.array(space.primitives)
+        names = space.primitives
         rules[rule] = {
-            "pairs": [[str(names[s]), str(names[t])] for s, t in np.argwhere(allowed.any(0))],
+            "targets": {
+                source: [t for k, t in enumerate(names) if allowed[:, i, k].any() and t != source]
+                for i, source in enumerate(names)
+            },
             "closure": float(np.mean([len(c) for c in closures])),
             "attainable": _mean(gains),
             "optimal": _mean(gains == 0),
