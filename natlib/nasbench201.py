@@ -173,9 +173,8 @@ def _read(path: Path, stamp: int) -> tuple[dict[str, list[Any]], str]:
     try:
         columns = read_table(path, columns=[*_TEXT, *_NUMBERS]).to_pydict()
     except (ArrowException, OSError) as error:
-        raise NatlibError(f"{path} cannot be read ({error}): {HOW}") from error
-    if missing := [name for name in (*_TEXT, *_NUMBERS) if name not in columns]:
-        raise NatlibError(f"{path} lacks the columns {', '.join(missing)}: {HOW}")
+        why = str(error).partition("\n")[0]
+        raise NatlibError(f"{path} cannot be read ({why}): {HOW}") from error
     digest = hashlib.sha256()
     for name in _TEXT:
         digest.update("\n".join(columns[name]).encode())

@@ -14,6 +14,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from natlib import nasbench201, natbench
@@ -84,12 +85,12 @@ class Space:
             reached = (reached[:, None] + steps).ravel()
         return reached[self.cheaper(reached, np.asarray(code))]
 
-    def split(self, held_out: int, generator: np.random.Generator) -> tuple[Codes, Codes]:
+    def split(self, held_out: int, generator: torch.Generator) -> tuple[Codes, Codes]:
         """Draw ``held_out`` architectures; return them and those that compute as none of them does.
 
         Raises NatlibError if that leaves nothing.
         """
-        order = generator.permutation(self.size)
+        order = torch.randperm(self.size, generator=generator).numpy()
         out = order[:held_out]
         rest = np.flatnonzero(~np.isin(self.computation, self.computation[out]))
         if not 0 < held_out < self.size or not len(rest):

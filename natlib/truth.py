@@ -359,11 +359,9 @@ def by_kind(space: Space, before: Codes, after: Codes) -> dict[str, float]:
     """Return what each kind of transition adds to the mean change of test accuracy."""
     shares = attribute(space, before, after, space.test)
     names = space.primitives
-    kinds = np.array(
-        [[KINDS.index(k) if (k := kind_of(s, t)) else -1 for t in names] for s in names]
-    )
+    kinds = np.array([[kind_of(s, t) for t in names] for s in names])
     found = kinds[space.digits(before), space.digits(after)]
-    return {kind: shares[found == i].sum() / len(before) for i, kind in enumerate(KINDS)}
+    return {kind: round(float(shares[found == kind].sum()) / len(before), 6) for kind in KINDS}
 
 
 def study(run: Run) -> dict[str, Any]:
@@ -376,8 +374,7 @@ def study(run: Run) -> dict[str, Any]:
     """
     config: TruthConfig = run.config
     space = tabular.load(config.space)
-    seed = np.random.default_rng(config.seed)
-    inputs, training = space.split(config.held_out, seed)
+    inputs, training = space.split(config.held_out, stream(config.seed, "held out"))
     result: dict[str, Any] = run.load_checkpoint() or {}
     total = len(config.methods) + len(config.searches)
     optima: dict[str, Optimum] = {}
