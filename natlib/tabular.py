@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from natlib import nasbench201, natbench
 from natlib.errors import NatlibError
+from natlib.genotype import Cell, Edge, Genotype
 from natlib.primitives import PRIMITIVES, primitive
 from natlib.transitions import Transitions
 
@@ -65,6 +66,18 @@ class Space:
     def codes(self, digits: Codes) -> Codes:
         """Return the codes (...) of primitive indexes (..., E)."""
         return digits @ self.powers
+
+    def genotype(self, code: int) -> Genotype:
+        """Return the genotype of a code: both cells alike, the last node put out."""
+        names = [self.primitives[d] for d in self.digits(np.asarray(code))]
+        edges = tuple(Edge(s, t, name) for (s, t), name in zip(self.edges, names, strict=True))
+        cell = Cell(edges, (self.edges[-1][1],))
+        return Genotype(cell, cell)
+
+    def code(self, genotype: Genotype) -> int:
+        """Return the code of a genotype as ``genotype`` makes it."""
+        digits = [self.primitives.index(e.primitive) for e in genotype.normal.edges]
+        return int(self.powers @ np.array(digits))
 
     def allowed(self, rule: Transitions) -> NDArray[np.bool_]:
         """Return what a rule allows on each edge, at all its strides: bool (E, source, target)."""

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from natlib import tabular
+from natlib.baselines import closure, hill_climbing
 from natlib.errors import NatlibError
-from natlib.genotype import INPUTS
+from natlib.genotype import INPUTS, Genotype
 from natlib.policy import (
     CellBatch,
     GCNConfig,
@@ -219,7 +220,7 @@ def _between(first: float, last: float | None, share: float) -> float:
 
 # Searches ----------------------------------------------------------------------------------------
 
-SEARCHES = ("random search",)
+SEARCHES = ("random search", "hill climbing")
 SEARCHED = "natpp"
 
 
@@ -228,14 +229,31 @@ def searched(
 ) -> Codes:
     """Return what a search evaluates for each input, in order: (len(inputs), times).
 
-    "random search" draws from all architectures that cost no more than the input.
+    "random search" draws from all architectures that cost no more than the input, "hill climbing"
+    goes through its closure under NAT++. Where that is exhausted the input stands again.
     """
     everything = np.arange(space.size)
+    rule = by_name(SEARCHED, space.primitives)
+
+    def evaluate(genotypes: Sequence[Genotype]) -> list[float]:
+        return [float(space.validation[space.code(g)]) for g in genotypes]
+
     rows = []
-    for code in inputs:
-        within = everything[space.cheaper(everything, code)]
-        rows.append(within[torch.randint(len(within), (times,), generator=generator).numpy()])
-    return np.stack(rows)
+    for code in inputs.tolist():
+        if name == "random search":
+            within = everything[space.cheaper(everything, np.asarray(code))]
+            drawn = torch.randint(len(within), (times,), generator=generator).numpy()
+            rows.append(within[drawn].tolist())
+            continue
+
+        def within_cost(genotype: Genotype, code: int = code) -> bool:
+            return bool(space.cheaper(np.asarray(space.code(genotype)), np.asarray(code)))
+
+        around = closure(space.genotype(code), rule, tied=True, within=within_cost)
+        found = hill_climbing(around, evaluate, times + 1, generator)
+        visited = [space.code(genotype) for genotype, _ in found.trajectory[1:]]
+        rows.append(visited + [code] * (times - len(visited)))
+    return np.array(rows)
 
 
 # Judging -----------------------------------------------------------------------------------------
@@ -367,16 +385,19 @@ def by_kind(space: Space, before: Codes, after: Codes) -> dict[str, float]:
 def study(run: Run) -> dict[str, Any]:
     """Train and judge all methods of a ``TruthConfig``; body of records of kind "truth".
 
-    Returns for each method what ``judge`` says of its samples and, of policies, ``looked_at``, the
-    share of the space whose accuracy training used, and, of trained ones, the same of their most
-    likely rewriting (``argmax_gain``, ...) and ``accepted``, how likely a draw from the softmax
-    over all primitives is allowed.
+    Returns accuracies of the "input", and for each method what ``judge`` says of its samples; of
+    policies also ``looked_at``, the share of the space whose accuracy training used; of trained
+    ones also the same of their most likely rewriting (``argmax_gain``, ...) and ``accepted``, how
+    likely a draw from the softmax over all primitives is allowed.
     """
     config: TruthConfig = run.config
     space = tabular.load(config.space)
     inputs, training = space.split(config.held_out, stream(config.seed, "held out"))
-    result: dict[str, Any] = run.load_checkpoint() or {}
-    total = len(config.methods) + len(config.searches)
+    unchanged = {"gain": 0.0, "test_gain": 0.0} | {
+        name: _mean(getattr(space, name)[inputs]) for name in ("validation", "test")
+    }
+    result: dict[str, Any] = run.load_checkpoint() or {"input": unchanged}
+    total = 1 + len(config.methods) + len(config.searches)
     optima: dict[str, Optimum] = {}
     for name, learner in config.methods:
         if name not in result:

@@ -28,6 +28,12 @@ def test_a_code_holds_the_primitives_as_digits() -> None:
     assert SMALL.codes(SMALL.digits(everything)).tolist() == everything.tolist()
 
 
+def test_codes_and_genotypes_are_one_to_one(made_natbench: tabular.Space) -> None:
+    for code in range(0, natbench.SIZE, 91):
+        assert made_natbench.genotype(code) == natbench.genotype(code)
+        assert made_natbench.code(natbench.genotype(code)) == code
+
+
 @given(codes, rules)
 def test_a_closure_is_what_brute_force_finds(code: int, rule: str) -> None:
     transitions = by_name(rule, SMALL.primitives)

@@ -155,6 +155,24 @@ def test_no_choice_beats_exhaustive_search_or_costs_more(seed: int) -> None:
     assert (best.space_test >= best.test).all()
 
 
+@pytest.mark.parametrize("name", truth.SEARCHES)
+def test_a_search_evaluates_what_it_may_at_no_more_cost(name: str) -> None:
+    inputs = EVERYTHING[::5]
+    found = truth.searched(name, SMALL, inputs, 6, generator(0))
+    assert found.shape == (len(inputs), 6)
+    assert SMALL.cheaper(found, inputs[:, None]).all()
+    if name == "hill climbing":
+        allowed = SMALL.allowed(by_name("natpp", SMALL.primitives))
+        for code, row in zip(inputs, found, strict=True):
+            assert set(row.tolist()) <= set(SMALL.closure(allowed, int(code)).tolist())
+            others = row[row != code]
+            assert len(set(others.tolist())) == len(others)
+        # With as many evaluations as there are genotypes, nothing is left to find.
+        best = truth.optimum(SMALL, "natpp", inputs).validation
+        whole = truth.searched(name, SMALL, inputs, SMALL.size, generator(0))
+        assert (SMALL.validation[whole].max(1) >= best).all()
+
+
 def test_what_is_chosen_does_not_depend_on_test_accuracy() -> None:
     inputs, other = EVERYTHING[::3], replace(SMALL, test=SMALL.test[::-1].copy())
     drawn = TablePolicy(UniformLogits(4), SMALL, "natpp").draw(inputs, 10, generator(0))
@@ -214,7 +232,7 @@ def setting(**changed: Any) -> truth.Setting:
 
 def test_a_stopped_study_goes_on_as_if_never_stopped(small: None, tmp_path: Path) -> None:
     record = resumed_equals_uninterrupted(tmp_path, "truth", config(), truth.study, (1, 2))
-    assert record.result.keys() == {"NAT++", "random", *truth.SEARCHES}
+    assert record.result.keys() == {"input", "NAT++", "random", *truth.SEARCHES}
 
 
 def test_a_study_gives_each_method_a_value_a_seed(small: None) -> None:
