@@ -385,19 +385,21 @@ def by_kind(space: Space, before: Codes, after: Codes) -> dict[str, float]:
 def study(run: Run) -> dict[str, Any]:
     """Train and judge all methods of a ``TruthConfig``; body of records of kind "truth".
 
-    Returns accuracies of the "input", and for each method what ``judge`` says of its samples; of
-    policies also ``looked_at``, the share of the space whose accuracy training used; of trained
-    ones also the same of their most likely rewriting (``argmax_gain``, ...) and ``accepted``, how
-    likely a draw from the softmax over all primitives is allowed.
+    Returns, if there are ``methods``, accuracies of the "input"; and for each method what ``judge``
+    says of its samples; of policies also ``looked_at``, the share of the space whose accuracy
+    training used; of trained ones also the same of their most likely rewriting (``argmax_gain``,
+    ...) and ``accepted``, how likely a draw from the softmax over all primitives is allowed.
     """
     config: TruthConfig = run.config
     space = tabular.load(config.space)
     inputs, training = space.split(config.held_out, stream(config.seed, "held out"))
-    unchanged = {"gain": 0.0, "test_gain": 0.0} | {
-        name: _mean(getattr(space, name)[inputs]) for name in ("validation", "test")
-    }
-    result: dict[str, Any] = run.load_checkpoint() or {"input": unchanged}
-    total = 1 + len(config.methods) + len(config.searches)
+    result: dict[str, Any] = run.load_checkpoint() or {}
+    if config.methods:
+        result["input"] = {"gain": 0.0, "test_gain": 0.0} | {
+            name: _mean(getattr(space, name)[inputs]) for name in ("validation", "test")
+        }
+    total = len(config.methods) + len(config.searches)
+    done = 0
     optima: dict[str, Optimum] = {}
     for name, learner in config.methods:
         if name not in result:
@@ -417,7 +419,8 @@ def study(run: Run) -> dict[str, Any]:
                     "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
                     "accepted": policy.accepted(inputs),
                 }
-        run.progress(len(result), total)
+        done += 1
+        run.progress(done, total)
         if run.checkpoint_due():
             run.save_checkpoint(result)
     for name in config.searches:
@@ -426,7 +429,8 @@ def study(run: Run) -> dict[str, Any]:
             draw = stream(config.seed, name)
             drawn = searched(name, space, inputs, max(config.samples), draw)
             result[name] = judge(config, space, inputs, best, drawn)
-        run.progress(len(result), total)
+        done += 1
+        run.progress(done, total)
     return result
 
 
@@ -438,7 +442,7 @@ TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
 
 @dataclass(frozen=True)
 class Study:
-    """Records of kind "truth", one a seed, and in words where they come from.
+    """Records of kind "truth", for each seed one of policies and one of searches; and their origin.
 
     ``records`` are empty where the table is missing or incomplete and nothing is recorded.
     """
@@ -448,7 +452,7 @@ class Study:
 
     def values(self, method: str, metric: str) -> list[Any]:
         """Return a method's metric (see ``judge``, ``study``), one value a seed; [] without."""
-        results = [record.result[method] for record in self.records]
+        results = [r.result[method] for r in self.records if method in r.result]
         return [result[metric] for result in results if metric in result]
 
     def kinds(self, method: str) -> dict[str, list[float]]:
@@ -510,9 +514,11 @@ class Setting:
         there is one.
         """
         space = space or self.space
-        methods, searches = tuple(self.methods(varied).items()), SEARCHES if varied else ()
+        policies = tuple(self.methods(varied).items())
+        # Searches train nothing: a change of the learner leaves their records as they are.
         configs = [
             TruthConfig(space, seed, methods, searches, self.held_out, self.samples, self.chosen)
+            for methods, searches in ((policies, ()), ((), SEARCHES))[: 1 + varied]
             for seed in range(self.seeds)
         ]
         return Study(*_records("truth", space, configs, study, workers, scale))
