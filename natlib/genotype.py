@@ -27,7 +27,10 @@ class Edge:
     primitive: str
 
 
-_edge = cache(Edge)
+@cache
+def _edge(source: int, target: int, name: str) -> Edge:
+    """One edge object for all edges that are equal; refuses an unknown primitive."""
+    return Edge(source, target, primitive(name).name)
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,7 @@ class Cell:
         # The graph is valid already, so only the names are looked at: policies make thousands.
         cell = object.__new__(Cell)
         edges = tuple(
-            _edge(e.source, e.target, primitive(n).name)
-            for e, n in zip(self.edges, names, strict=True)
+            [_edge(e.source, e.target, n) for e, n in zip(self.edges, names, strict=True)]
         )
         cell.__dict__.update(edges=edges, concat=self.concat)
         return cell

@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
 from natlib.macro import MacroConfig, Position
-from natlib.operations import BatchNorm, Conv, FactorizedReduction, build, cat, pick, takes_relu
+from natlib.operations import (
+    BatchNorm,
+    Conv,
+    FactorizedReduction,
+    build,
+    cat,
+    keep_freed_memory,
+    pick,
+    takes_relu,
+)
 from natlib.primitives import primitive
 from natlib.transitions import edge_stride
 
@@ -156,6 +165,7 @@ class CellNetwork(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        keep_freed_memory()
         if (genotype is None) == (nodes is None) or (nodes is None) != (primitives is None):
             raise NatlibError("give either a genotype, or nodes and primitives of a supernet")
         if genotype is None and not (nodes and nodes > 0 and primitives):

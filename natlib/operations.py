@@ -6,8 +6,10 @@ that leave the node. Tensors are (B, C, H, W), channels-last in memory.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +19,22 @@ from torch.nn import functional as F
 from natlib.primitives import Primitive
 
 EPSILON = 1e-5
+MOMENTUM = 0.1
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let this process keep memory that it frees, where the C library is glibc.
+
+    A training step frees and takes the same blocks again. By default large ones go back to the
+    system at once, and each new one is cleared page by page: up to a third of a step's time.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            trim_threshold, mmap_max = -1, -4  # names of malloc.h
+            mallopt(trim_threshold, -1)
+            mallopt(mmap_max, 0)
 
 
 class BatchNorm(nn.Module):
@@ -51,9 +69,91 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self.training or self.mean is None
-        return F.batch_norm(
-            x, self.mean, self.variance, self.weight, self.bias, batch, 0.1, EPSILON
-        )
+        if not (batch and _few_channels(x)):
+            return F.batch_norm(
+                x, self.mean, self.variance, self.weight, self.bias, batch, MOMENTUM, EPSILON
+            )
+        norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _tiled_norm
+        if torch.is_grad_enabled() and x.requires_grad:
+            norm = _TiledNorm.apply
+        y, mean, variance = norm(x)
+        if self.mean is not None and self.variance is not None:
+            n = x.numel() // x.shape[1]
+            with torch.no_grad():
+                self.mean.lerp_(mean, MOMENTUM)
+                self.variance.lerp_(variance * (n / (n - 1)), MOMENTUM)
+        if self.weight is not None and self.bias is not None:
+            y = torch.addcmul(self.bias[:, None, None], y, self.weight[:, None, None])
+        return y
+
+
+def _few_channels(x: Tensor) -> bool:
+    """Whether ``_TiledNorm`` beats the built-in: measured on CPUs, where rows of few are slow."""
+    return (
+        x.device.type == "cpu"
+        and x.shape[1] <= 40
+        and x.numel() >= 200_000
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _tiles(x: Tensor) -> int:
+    """How many pixels ``_tiled_norm`` takes as one row."""
+    pixels, tiles = x.numel() // x.shape[1], 1
+    while tiles * x.shape[1] < 256 and pixels % (2 * tiles) == 0:
+        tiles *= 2
+    return tiles
+
+
+def _tiled_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm by the batch's own statistics, without scale and shift; CPU, channels-last.
+
+    The built-in walks along channels, and few of them fill no vector register. Here several pixels
+    count as one row of so many times more channels, whose statistics are then pooled. Returns the
+    result, the mean, and the variance (biased).
+    """
+    b, c, h, w = x.shape
+    tiles = _tiles(x)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, tiles * c)
+    means, variances = torch.batch_norm_update_stats(rows, None, None, MOMENTUM)
+    between, mean = torch.var_mean(means.view(tiles, c), 0, correction=0)
+    variance = variances.view(tiles, c).mean(0).add_(between)
+    scale = (variance + EPSILON).rsqrt_()
+    shift, factor = torch.stack([-mean * scale, scale]).repeat(1, tiles)
+    y = torch.addcmul(shift, rows, factor)
+    return y.view(b, h, w, c).permute(0, 3, 1, 2), mean, variance
+
+
+class _TiledNorm(torch.autograd.Function):
+    """``_tiled_norm`` with its gradient to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, variance = _tiled_norm(x)
+        ctx.save_for_backward(x, mean, (variance + EPSILON).rsqrt_())
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, mean, scale = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        b, c, h, w = x.shape
+        if c % 8 == 0:
+            out: Tensor = torch.ops.aten.native_batch_norm_backward(
+                grad, x, None, None, None, mean, scale, True, EPSILON, [True, False, False]
+            )[0]
+            return out
+        # d/dx = s (g - mean(g) - s^2 (x - mean(x)) mean(g (x - mean(x))))
+        tiles, n = _tiles(x), x.numel() // c
+        g = grad.permute(0, 2, 3, 1).reshape(-1, tiles * c)
+        rows = x.permute(0, 2, 3, 1).reshape(-1, tiles * c)
+        product = g * rows
+        g_mean = g.sum(0).view(tiles, c).sum(0) / n
+        slope = (product.sum(0).view(tiles, c).sum(0) / n - mean * g_mean) * scale**3
+        terms = torch.stack([slope * mean - g_mean * scale, scale, -slope]).repeat(1, tiles)
+        out = torch.addcmul(terms[0], g, terms[1], out=product).addcmul_(rows, terms[2])
+        return out.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Conv(nn.Module):
@@ -74,7 +174,82 @@ class Conv(nn.Module):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, None, self.stride, self.padding, 1, self.groups)
+        if self.groups > 1:
+            return depthwise(x, self.weight, self.stride[0])
+        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+
+def depthwise(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """Depthwise convolution with "same" padding: x (B, C, H, W), weight (C, 1, k, k), k odd."""
+    c, k = x.shape[1], weight.shape[2]
+    plain = x.device.type != "cpu" or (stride > 1 and k == 3)
+    if plain or not torch.is_grad_enabled() or not weight.requires_grad:
+        return F.conv2d(x, weight, None, stride, k // 2, 1, c)
+    apply: Callable[..., Tensor] = _Depthwise.apply
+    return apply(x, weight, stride)
+
+
+class _Depthwise(torch.autograd.Function):
+    """Depthwise convolution whose gradients keep to the CPU library's fast paths.
+
+    Gradients of weights are slow there (up to 60 times) for kernels over three wide or higher than
+    the image. So kernels are cut to what the image can reach, images filled up with zeros to the
+    kernel's height, and a 5 x 5 gradient is taken as two that are three wide.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x, weight, None, stride, weight.shape[2] // 2, 1, x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        c, k = x.shape[1], weight.shape[2]
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.stride == 1 and c <= 32:
+                to_x = F.conv2d(grad, weight.flip(2, 3), None, 1, k // 2, 1, c)
+            else:
+                to_x = _convolution_backward(grad, x, weight, ctx.stride, (k // 2, k // 2), 0)
+        return to_x, depthwise_weight_gradient(grad, x, k, ctx.stride), None
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], which: int
+) -> Tensor:
+    """Gradient of a depthwise convolution to x (``which`` 0) or weight (1)."""
+    mask = [which == 0, which == 1, False]
+    out: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], x.shape[1], mask
+    )
+    return out[which]
+
+
+def depthwise_weight_gradient(grad: Tensor, x: Tensor, k: int, stride: int) -> Tensor:
+    """Gradient (C, 1, k, k) of ``depthwise`` to its weight, from that to its output and from x."""
+    c, h, w = x.shape[1:]
+    high, wide = min(k, 2 * h - 1), min(k, 2 * w - 1)
+    if h < high or w < wide:
+        # Zeros below and to the right add nothing, if there are none too few for the kernel.
+        h, w = max(h, high), max(w, wide)
+        x = F.pad(x, (0, w - x.shape[3], 0, h - x.shape[2]))
+        rows, columns = (h - 1) // stride + 1, (w - 1) // stride + 1
+        grad = F.pad(grad, (0, columns - grad.shape[3], 0, rows - grad.shape[2]))
+
+    def part(x: Tensor, wide: int, pad: int) -> Tensor:
+        like = x.new_empty(c, 1, high, wide)
+        return _convolution_backward(grad, x, like, stride, (high // 2, pad), 1)
+
+    if wide == 5 and stride == 1:
+        left, right = part(F.pad(x, (2, 0)), 3, 0), part(F.pad(x, (0, 2)), 3, 0)
+        out = torch.cat([left, right[..., 1:]], 3)
+    else:
+        out = part(x, wide, wide // 2)
+    spare = (k - wide) // 2, (k - high) // 2
+    return F.pad(out, (spare[0], spare[0], spare[1], spare[1])) if any(spare) else out
 
 
 class DilatedDepthwise(nn.Module):
@@ -94,13 +269,13 @@ class DilatedDepthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         if self.stride == 2:
-            return F.conv2d(phases(x, 0)[0], self.weight, None, 1, self.pad, 1, c)
+            return depthwise(phases(x, 0)[0], self.weight)
         if h % 2 or w % 2:
             return F.conv2d(x, self.weight, None, 1, 2 * self.pad, 2, c)
         # (b, h/2, 2, w/2, 2, c) -> (b, 2, 2, h/2, w/2, c): phases become batch entries.
         nhwc = x.permute(0, 2, 3, 1).reshape(b, h // 2, 2, w // 2, 2, c)
         images = nhwc.permute(0, 2, 4, 1, 3, 5).reshape(4 * b, h // 2, w // 2, c)
-        y = F.conv2d(images.permute(0, 3, 1, 2), self.weight, None, 1, self.pad, 1, c)
+        y = depthwise(images.permute(0, 3, 1, 2), self.weight)
         nhwc = y.permute(0, 2, 3, 1).reshape(b, 2, 2, h // 2, w // 2, c)
         return nhwc.permute(0, 3, 1, 4, 2, 5).reshape(b, h, w, c).permute(0, 3, 1, 2)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,20 +77,21 @@ class CellBatch:
         cells = [cell for g in genotypes for _, cell in g.cells]
         nodes = max(c.nodes for c in cells)
         degree = max(len(group) for c in cells for group in c.in_edges)
+        width = nodes * degree
         prims: list[int] = []
         sources: list[int] = []
         present: list[bool] = []
         for c in cells:
-            for group in c.in_edges:
-                padding = degree - len(group)
+            # A full cell, the common case, is its edges in a row.
+            for group in (c.edges,) if len(c.edges) == width else c.in_edges:
+                padding = -len(group) % degree
                 try:
-                    prims += [index[e.primitive] for e in group]
+                    prims += [index[e.primitive] for e in group] + [0] * padding
                 except KeyError as error:
                     raise NatlibError(
                         f"primitive {error} is not in this policy's search space; "
                         f"allowed are {', '.join(primitives)}"
                     ) from None
-                prims += [0] * padding
                 sources += [e.source for e in group] + [0] * padding
                 present += [True] * len(group) + [False] * padding
             padding = (nodes - c.nodes) * degree
@@ -98,10 +100,11 @@ class CellBatch:
             present += [False] * padding
         shape = (len(cells), nodes, degree)
         return CellBatch(
-            torch.tensor(prims).view(shape),
-            torch.tensor(sources).view(shape),
-            torch.tensor(present).view(shape),
-            torch.tensor([False, True] * len(genotypes)),
+            # By way of numpy, which reads long lists several times faster.
+            torch.from_numpy(np.array(prims)).view(shape),
+            torch.from_numpy(np.array(sources)).view(shape),
+            torch.from_numpy(np.array(present)).view(shape),
+            torch.tensor([False, True]).repeat(len(genotypes)),
         )
 
 
@@ -113,10 +116,12 @@ def decode(genotypes: Sequence[Genotype], actions: Tensor, names: Sequence[str])
     for i, g in enumerate(genotypes):
         chosen = []
         for k, (_, cell) in enumerate(g.cells):
-            for start, group in zip(
-                range(0, cell.nodes * width, width), cell.in_edges, strict=True
-            ):
-                chosen += [names[a] for a in rows[2 * i + k][start : start + len(group)]]
+            row = rows[2 * i + k]
+            if len(row) > len(cell.edges):
+                starts = range(0, cell.nodes * width, width)
+                groups = zip(starts, cell.in_edges, strict=True)
+                row = [a for start, group in groups for a in row[start : start + len(group)]]
+            chosen += [names[a] for a in row]
         out.append(g.with_primitives(chosen))
     return out
 
@@ -285,8 +290,10 @@ class GCNLogits(nn.Module):
         features = self.first(F.relu(self.project_nodes(rows)))
         x = features.index_select(0, where).view(b, n + INPUTS, -1)
         a = self.adjacency(batch)
-        hidden = torch.bmm(a, F.relu(torch.bmm(a, x)) @ self.second.weight.T)
-        logits: Tensor = self.head(hidden)[:, INPUTS:].view(b, n, most, k)
+        hidden = torch.bmm(a[:, INPUTS:], F.relu(torch.bmm(a, x)))
+        # The second convolution's weights and the head have no nonlinearity between them.
+        weight = self.head.weight @ self.second.weight
+        logits = F.linear(hidden, weight, self.head.bias).view(b, n, most, k)
         return logits[:, :, :d]
 
 

@@ -343,6 +343,7 @@ def train_policy(run: Run) -> dict[str, Any]:
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     log: dict[str, list[float]] = {"reward": [], "entropy": [], "baseline": []}
     fates: list[dict[str, float]] = []

@@ -428,11 +428,11 @@ def derive(bench: Bench) -> None:
                 )  # fmt: skip
 
 
-def make_policy() -> tuple[Policy, torch.optim.Optimizer, torch.Generator]:
-    """Return a policy of the published sizes, its optimizer, and a generator."""
+def make_policy(fused: bool = True) -> tuple[Policy, torch.optim.Optimizer, torch.Generator]:
+    """Return a policy of the published sizes, its optimizer (ours is fused), and a generator."""
     generator = torch.Generator().manual_seed(0)
     logits = GCNLogits(len(PRIMITIVES), GCNConfig(), generator)
-    optimizer = torch.optim.Adam(logits.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(logits.parameters(), lr=3e-4, fused=fused)
     return Policy(logits, by_name("natpp")), optimizer, generator
 
 
@@ -470,7 +470,7 @@ def policies(bench: Bench) -> None:
     genotypes = random_genotypes(4, 128 if not plan.quick else 8)
     one_by_one = genotypes[:8]
     share = len(genotypes) / len(one_by_one)
-    policy, optimizer, generator = make_policy()
+    policy, optimizer, generator = make_policy(fused=False)
     assert isinstance(policy.logits, GCNLogits)
     plain = Policy(partial(plain_policy_logits, policy.logits), policy.transitions)
 

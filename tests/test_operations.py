@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from natlib import operations
 from natlib.operations import (
     BatchNorm,
     Conv,
     DilatedDepthwise,
     FactorizedReduction,
     Pool,
+    _Depthwise,
     average_pool,
     build,
     cat,
@@ -364,3 +366,58 @@ def test_batch_norm_forms(shared: bool, affine: bool | None) -> None:
 @pytest.mark.parametrize("name", PRIMITIVES)
 def test_who_takes_a_relu(name: str) -> None:
     assert takes_relu(primitive(name)) == ("pool" not in name and name != "null")
+
+
+# --- forms for the fast paths of a CPU ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (3, 4), (4, 3), (5, 6), (9, 8)])
+@pytest.mark.parametrize("channels", [3, 8, 48])
+def test_depthwise_gradients_are_those_of_the_plain_convolution(
+    channels: int, height: int, width: int, k: int, stride: int
+) -> None:
+    x = normal(2, channels, height, width).requires_grad_()
+    weight = normal(channels, 1, k, k, seed=1, last=False).requires_grad_()
+    ours = _Depthwise.apply(x, weight, stride)
+    theirs = F.conv2d(x, weight, None, stride, k // 2, 1, channels)
+    assert torch.equal(ours, theirs)
+    upstream = normal(*theirs.shape, seed=2)
+    expected = torch.autograd.grad(theirs, (x, weight), upstream)
+    for mine, plain in zip(torch.autograd.grad(ours, (x, weight), upstream), expected, strict=True):
+        close(mine, plain)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(3, 20, 6, 6), (5, 3, 7, 9), (4, 8, 4, 4), (1, 40, 2, 1)])
+def test_batch_norm_of_few_channels_equals_the_builtin(
+    shape: tuple[int, ...], affine: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = normal(*shape, last=True).mul(3).add(2).requires_grad_()
+    layers, results = [BatchNorm(shape[1], shared, affine).double() for _ in range(2)], []
+    for few, layer in zip((True, False), layers, strict=True):
+        layer.reset()
+        for i, weight in enumerate(layer.parameters()):
+            weight.data = normal(shape[1], seed=i, last=False)
+        monkeypatch.setattr(operations, "_few_channels", lambda x, few=few: few)
+        y = layer(x)
+        with torch.no_grad():
+            close(layer(x), y)
+        results.append(
+            (y, *torch.autograd.grad(y, [x, *layer.parameters()], normal(*shape, seed=9)))
+        )
+    for mine, builtin in zip(*results, strict=True):
+        close(mine, builtin)
+    for mine, builtin in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
+        close(mine, builtin)
+
+
+def test_which_batch_norms_are_tiled() -> None:
+    wide = torch.zeros(64, 48, 16, 16).contiguous(memory_format=torch.channels_last)
+    few = torch.zeros(64, 20, 16, 16).contiguous(memory_format=torch.channels_last)
+    assert operations._few_channels(few)
+    assert not operations._few_channels(wide)
+    assert not operations._few_channels(few.contiguous())
+    assert not operations._few_channels(few[:8])

@@ -424,11 +424,11 @@ def test_a_policy_learns_the_best_transition_of_every_primitive(
     optimizer = torch.optim.Adam(policy.logits.parameters(), lr=1e-2, betas=(0.5, 0.999))
     pool = random_genotypes(1000, nodes=(1,))
     baseline = None
-    for i in range(400):
+    for i in range(500):
         chosen = torch.randint(len(pool), (64,), generator=gen).tolist()
         out = policy_step(
             policy, optimizer, [pool[k] for k in chosen], 1, reward, baseline,
-            0.08 if i < 200 else 0.02, 0.9, gen,
+            0.12 if i < 300 else 0.02, 0.9, gen,
         )  # fmt: skip
         baseline = out["baseline"]
     unseen = random_genotypes(200, seed=7, nodes=(1,))
