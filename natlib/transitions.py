@@ -160,6 +160,12 @@ def natpp_cost_safe(primitives: tuple[str, ...] = PRIMITIVES) -> Transitions:
     return Transitions("natpp_cost_safe", primitives, _cost_safe)
 
 
+@cache
+def free(primitives: tuple[str, ...] = PRIMITIVES) -> Transitions:
+    """No restriction: every primitive may replace every other, as in NAO. Not in ``RULES``."""
+    return Transitions("free", primitives, lambda source, target, stride: True)
+
+
 RULES: dict[str, Callable[..., Transitions]] = {
     "nat": nat,
     "natpp": natpp,

@@ -25,7 +25,7 @@ LAYERS = [
     {"genotype"},
     {"zoo", "transitions", "macro"},
     {"cost", "operations"},
-    {"network", "policy"},
+    {"network", "policy", "baselines"},
     {"train"},
     {"search"},
     {"report"},
