@@ -188,7 +188,7 @@ def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[T
     assert isinstance(network, nn.Module)
     optimizer = torch.optim.Adam(
         network.parameters(), lr=learner.lr, betas=learner.betas,
-        weight_decay=learner.weight_decay,
+        weight_decay=learner.weight_decay, fused=True,
     )  # fmt: skip
     seen = np.zeros(space.size, dtype=bool)
 
@@ -487,7 +487,8 @@ class Setting:
 
         Each of ``rules`` is learned, and uniformly random ("NAT++ random"). If ``varied``, there
         are also, with NAT++: other masking and networks, a moving baseline, the published settings
-        (as many updates of the same size), constant weights λ of the entropy, and fewer updates.
+        (with the most of ``updates``, of our size), constant weights λ of the entropy, and other
+        numbers of ``updates``.
         """
         gcn = settings(GCNConfig, self.gcn)
         learner = settings(Learner, {**self.learner, "network": gcn})
@@ -500,7 +501,7 @@ class Setting:
         found |= {name: replace(learner, masking=name) for name in MASKINGS[1:]}
         found["moving baseline"] = replace(learner, baseline="moving")
         found["published settings"] = Learner(
-            updates=learner.updates, network=gcn, lr=3e-4, baseline="moving"
+            updates=max((learner.updates, *self.updates)), network=gcn, lr=3e-4, baseline="moving"
         )
         for weight in self.entropy_weights:
             found[f"λ = {weight:g}"] = replace(learner, entropy_weight=weight, entropy_last=None)
