@@ -171,7 +171,9 @@ class GCNConfig:
 
     Defaults are the published ones (node feature 1024, hidden 100, embedding 100). ``degree`` is
     the largest number of incoming edges a node may have. ``graph`` "both" links nodes along edges
-    in both directions with self loops, symmetrically normalised; "released" is the form of the
+    in both directions with self loops, symmetrically normalised; "residual" adds each node's own
+    features once more, since where all nodes are linked (natbench, NAS-Bench-201) the mean over
+    neighbours and itself is the same for every node; "released" is the form of the
     authors' code, directed, without self loops or normalisation, which leaves most edges' logits
     blind to the edge's own primitive.
     """
@@ -183,8 +185,8 @@ class GCNConfig:
     graph: str = "both"
 
     def __post_init__(self) -> None:
-        if self.graph not in ("both", "released"):
-            raise NatlibError(f"graph {self.graph!r} is not one of 'both', 'released'")
+        if self.graph not in ("both", "residual", "released"):
+            raise NatlibError(f"graph {self.graph!r} is not one of 'both', 'residual', 'released'")
 
 
 class GCNLogits(nn.Module):
@@ -237,9 +239,11 @@ class GCNLogits(nn.Module):
         )
         if self.config.graph == "released":
             return a
-        a = (a + a.transpose(1, 2)).clamp(max=1) + torch.eye(n + INPUTS).to(a)
+        loops = torch.eye(n + INPUTS).to(a)
+        a = (a + a.transpose(1, 2)).clamp(max=1) + loops
         scale = a.sum(2).rsqrt()
-        return a * scale[:, :, None] * scale[:, None, :]
+        a = a * scale[:, :, None] * scale[:, None, :]
+        return a + loops if self.config.graph == "residual" else a
 
     def distinct_rows(self, batch: CellBatch) -> tuple[Tensor, Tensor]:
         """Codes of the distinct nodes of a batch, and where each node's is (B (N + 2),), int64.

@@ -145,6 +145,8 @@ def _draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
 class Learner:
     """A policy and how REINFORCE trains it on a table's validation accuracies.
 
+    The reward is the validation accuracy gained, at most 0 where the rewriting costs more.
+
     ``network`` is a policy network (a graph convolution is built for the space's in-degree), or
     None for uniform random transitions, which need no training. Each of ``updates`` draws
     ``architectures`` inputs that are not held out, and
@@ -195,8 +197,10 @@ def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[T
     def reward(before: Sequence[int], after: Sequence[int]) -> list[float]:
         b, a = np.asarray(before), np.asarray(after)
         seen[b] = seen[a] = True
-        gained: list[float] = (space.validation[a] - space.validation[b]).tolist()
-        return gained
+        gained = space.validation[a] - space.validation[b]
+        # What costs more than its input is dropped in the end: it must not earn anything.
+        earned: list[float] = np.where(space.cheaper(a, b), gained, np.minimum(gained, 0)).tolist()
+        return earned
 
     baseline: float | None = None
     for update in range(learner.updates):
@@ -466,8 +470,7 @@ class Setting:
     """What a chapter and the scorecard share: a space, seeds, and variations of one learner.
 
     ``learner`` maps fields of ``Learner``, ``gcn`` and ``lstm`` those of its networks; mappings
-    come from experiments.yml. See ``methods`` for ``rules``, ``entropy_weights`` and ``updates``,
-    ``TruthConfig`` for the rest.
+    come from experiments.yml. See ``methods`` for what is varied, ``TruthConfig`` for the rest.
     """
 
     space: str
@@ -479,6 +482,7 @@ class Setting:
     lstm: Mapping[str, Any]
     entropy_weights: tuple[float, ...] = ()
     updates: tuple[int, ...] = ()
+    graphs: tuple[str, ...] = ("released",)
     samples: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     chosen: int = 10
 
@@ -486,9 +490,9 @@ class Setting:
         """Return the learners by name.
 
         Each of ``rules`` is learned, and uniformly random ("NAT++ random"). If ``varied``, there
-        are also, with NAT++: other masking and networks, a moving baseline, the published settings
-        (with the most of ``updates``, of our size), constant weights λ of the entropy, and other
-        numbers of ``updates``.
+        are also, with NAT++: other ``graphs`` of the GCN, an LSTM, other masking, a moving
+        baseline, the published settings (with the most of ``updates``, of our size), constant
+        weights λ of the entropy, and other numbers of ``updates``.
         """
         gcn = settings(GCNConfig, self.gcn)
         learner = settings(Learner, {**self.learner, "network": gcn})
@@ -496,7 +500,8 @@ class Setting:
         found |= {f"{name} random": replace(one, network=None) for name, one in found.items()}
         if not varied:
             return found
-        found["released GCN"] = replace(learner, network=replace(gcn, graph="released"))
+        for graph in self.graphs:
+            found[f"{graph} GCN"] = replace(learner, network=replace(gcn, graph=graph))
         found["LSTM"] = replace(learner, network=settings(LSTMConfig, self.lstm))
         found |= {name: replace(learner, masking=name) for name in MASKINGS[1:]}
         found["moving baseline"] = replace(learner, baseline="moving")

@@ -137,6 +137,23 @@ def test_the_same_seed_trains_the_same_policy() -> None:
     assert (drawn[0] != drawn[2]).any()
 
 
+def test_what_costs_more_than_its_input_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    earned: dict[tuple[int, int], float] = {}
+
+    def step(policy: Any, optimizer: Any, inputs: Any, rollouts: int, reward: Any, *_: Any) -> Any:
+        pairs = [(b, a) for b in EVERYTHING.tolist() for a in EVERYTHING.tolist()]
+        earned.update(zip(pairs, reward(*zip(*pairs, strict=True)), strict=True))
+        return {"baseline": 0.0}
+
+    monkeypatch.setattr(truth, "policy_step", step)
+    truth.train(replace(LEARNER, updates=1), SMALL, EVERYTHING, 0)
+    assert len(earned) == SMALL.size**2
+    for (before, after), value in earned.items():
+        gain = SMALL.validation[after] - SMALL.validation[before]
+        dearer = SMALL.params[after] > SMALL.params[before]
+        assert value == (min(gain, 0) if dearer else gain)
+
+
 # --- judging -------------------------------------------------------------------------------------
 
 
