@@ -242,7 +242,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def setting(**changed: Any) -> truth.Setting:
     shared = truth.Setting(
         "small", 2, 12, ("nat", "natpp"), {"updates": 1, "architectures": 2, "rollouts": 2},
-        asdict(GCN), {"embedding": 4, "hidden": 4}, (0.0,), (1,), (1, 4), 4,
+        asdict(GCN), {"embedding": 4, "hidden": 4}, (0.0,), (1,), ("released",), (1, 4), 4,
     )  # fmt: skip
     return replace(shared, **changed)
 
