@@ -13,6 +13,8 @@ from functools import cached_property
 from itertools import accumulate, chain, islice, product
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from natlib.errors import NatlibError
 from natlib.genotype import Genotype
@@ -299,4 +301,208 @@ def hill_climbing(
                 break
             ledger.ask(fresh)
             here = fresh[0]
+    return ledger.found()
+
+
+# NAO ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NAOConfig:
+    """Sizes and training of NAO; defaults are small, so that hundreds of searches take minutes.
+
+    Sizes of token ``embedding``, ``hidden`` states and the ``predictor``'s layer. ``trade_off``
+    weighs the predictor's squared error, the rest the decoder's log-loss; each round Adam makes
+    ``updates`` with ``batch`` architectures. A share ``first`` of the budget goes to random
+    architectures, the rest to ``rounds`` of proposals, made by gradient ``steps`` of several sizes
+    from the ``seeds`` best.
+
+    Published: embedding 48, hidden 96, predictor 200 in three layers with dropout 0.1, trade-off
+    0.8, 1000 epochs of batches of 100, lr 0.001, weight decay 1e-4, clip 5; 1000 random
+    architectures first, then 300 new ones a round. Source: Luo et al. (NeurIPS 2018), Sec. 3 and
+    the authors' released settings for CIFAR-10.
+    """
+
+    embedding: int = 16
+    hidden: int = 32
+    predictor: int = 64
+    trade_off: float = 0.8
+    updates: int = 60
+    batch: int = 100
+    lr: float = 0.01
+    weight_decay: float = 1e-4
+    clip: float = 5.0
+    first: float = 0.5
+    rounds: int = 3
+    seeds: int = 10
+    steps: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= 1:
+            raise NatlibError(f"first = {self.first}; allowed is a share of the budget, 0..1")
+        for name in ("rounds", "seeds", "updates", "batch"):
+            if getattr(self, name) < 1:
+                raise NatlibError(f"{name} = {getattr(self, name)}; allowed is 1 or more")
+
+
+class NAO(nn.Module):
+    """Encoder, performance predictor and decoder over architectures as sequences of tokens.
+
+    A token is the primitive of one choice of a fixed graph, one of ``vocabulary``, so whatever is
+    decoded is an architecture. The embedding of one is a unit vector for each token (B, T, H).
+    Weights are drawn from ``generator``, or from one of seed 0. Source: Luo et al. (NeurIPS 2018),
+    Sec. 3; there sources are tokens too, here a rewriting keeps the input's graph.
+    """
+
+    def __init__(
+        self, vocabulary: int, config: NAOConfig, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, vocabulary
+        h = config.hidden
+        with torch.device("meta"):
+            # The last one starts what is decoded.
+            self.token = nn.Embedding(vocabulary + 1, config.embedding)
+            self.encoder = nn.LSTM(config.embedding, h, batch_first=True)
+            self.predictor = nn.Sequential(
+                nn.Linear(h, config.predictor), nn.ReLU(), nn.Linear(config.predictor, 1)
+            )
+            self.decoder = nn.LSTM(config.embedding, h, batch_first=True)
+            self.mix = nn.Linear(2 * h, h)
+            self.head = nn.Linear(h, vocabulary)
+        self.to_empty(device="cpu")
+        generator = generator or torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in self.parameters():
+                if weight.ndim > 1:
+                    bound = math.sqrt(3 / weight.shape[1])
+                    weight.uniform_(-bound, bound, generator=generator)
+                else:
+                    weight.zero_()
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Embed architectures (B, T): (B, T, H), each token's vector of length 1."""
+        return F.normalize(self.encoder(self.token(tokens))[0], dim=-1)
+
+    def predict(self, embedding: Tensor) -> Tensor:
+        """Predict performance (B,), in standard deviations of the accuracies it was fitted to."""
+        predicted: Tensor = self.predictor(F.normalize(embedding.mean(1), dim=-1))[:, 0]
+        return predicted
+
+    def decode(self, embedding: Tensor, tokens: Tensor) -> Tensor:
+        """Compute the logits (B, T, vocabulary) of each token, given those before it."""
+        start = torch.full_like(tokens[:, :1], self.vocabulary)
+        before = torch.cat([start, tokens[:, :-1]], 1)
+        return self._decode(embedding, before, self._state(embedding))[0]
+
+    def generate(self, embedding: Tensor, allowed: Tensor) -> Tensor:
+        """Decode to the likeliest tokens (B, T) one by one.
+
+        Only what ``allowed`` (bool, broadcastable to (B, T, vocabulary)) permits is taken.
+        """
+        state = self._state(embedding)
+        allowed = allowed.expand(len(embedding), -1, -1)
+        token = torch.full((len(embedding), 1), self.vocabulary, device=embedding.device)
+        found = []
+        for t in range(allowed.shape[1]):
+            logits, state = self._decode(embedding, token, state)
+            token = logits[:, 0].masked_fill(~allowed[:, t], -math.inf).argmax(1, keepdim=True)
+            found.append(token)
+        return torch.cat(found, 1)
+
+    def step(self, embedding: Tensor, size: float) -> Tensor:
+        """Move embeddings uphill the predicted performance: each token by ``size``, then back to 1.
+
+        Source: Luo et al. (2018), Eq. 3; the gradient is scaled to length 1, so that sizes mean the
+        same however steep the predictor is.
+        """
+        start = embedding.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self.predict(start).sum(), start)
+        return F.normalize(start.detach() + size * F.normalize(gradient, dim=-1), dim=-1)
+
+    @torch.no_grad()
+    def improve(self, tokens: Tensor, allowed: Tensor, size: float) -> Tensor:
+        """Rewrite architectures (B, T) by one gradient step in the embedding; see ``generate``."""
+        return self.generate(self.step(self.encode(tokens), size), allowed)
+
+    def fit(self, tokens: Tensor, values: Tensor, generator: torch.Generator) -> None:
+        """Train all three parts jointly on evaluated architectures (n, T) and accuracies (n,)."""
+        config = self.config
+        target = (values - values.mean()) / values.std(correction=0).clamp(min=1e-8)
+        optimizer = torch.optim.Adam(
+            self.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        for _ in range(config.updates):
+            chosen = torch.randperm(len(tokens), generator=generator)[: config.batch]
+            batch = tokens[chosen]
+            embedding = self.encode(batch)
+            error = F.mse_loss(self.predict(embedding), target[chosen])
+            logits = self.decode(embedding, batch)
+            unlike = F.cross_entropy(logits.flatten(0, 1), batch.flatten())
+            optimizer.zero_grad(set_to_none=True)
+            loss = config.trade_off * error + (1 - config.trade_off) * unlike
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.parameters(), config.clip)
+            optimizer.step()
+
+    def _state(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's first state: the architecture's mean embedding."""
+        mean = F.normalize(embedding.mean(1), dim=-1)[None]
+        return mean, mean
+
+    def _decode(
+        self, embedding: Tensor, before: Tensor, state: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        out, state = self.decoder(self.token(before), state)
+        attention = torch.bmm(out, embedding.transpose(1, 2)).softmax(-1)
+        seen = torch.cat([out, torch.bmm(attention, embedding)], -1)
+        return self.head(self.mix(seen).tanh()), state
+
+
+def nao(
+    closure: Closure,
+    evaluate: Evaluate,
+    budget: int,
+    generator: torch.Generator,
+    config: NAOConfig | None = None,
+) -> Found:
+    """Neural architecture optimization: learn an embedding, climb in it, evaluate what is decoded.
+
+    After random architectures of the closure, each round fits ``NAO`` to all that is evaluated,
+    steps from the input and the best, and evaluates the new architectures of highest predicted
+    performance; what then is left of a round's share goes to random ones. As the NAT paper uses it,
+    it starts at an input and may return a dearer architecture: ``transitions.free``. Source: Luo et
+    al. (NeurIPS 2018), Algorithm 1. Raises NatlibError if the budget is not positive.
+    """
+    config = config or NAOConfig()
+    ledger = _Ledger(closure, evaluate, budget)
+    names = tuple(dict.fromkeys(chain(*closure.options)))
+    numbers = [[names.index(option) for option in options] for options in closure.options]
+    allowed = torch.zeros(len(numbers), len(names), dtype=torch.bool)
+    for choice, options in zip(allowed, numbers, strict=True):
+        choice[options] = True
+    model = NAO(len(names), config, generator)
+
+    def tokens(codes: Iterable[Code]) -> Tensor:
+        return torch.tensor([[o[i] for o, i in zip(numbers, c, strict=True)] for c in codes])
+
+    ledger.ask(ledger.draw(round(config.first * budget) - 1, generator))
+    for left in range(config.rounds, 0, -1):
+        if not ledger.left:
+            break
+        share = -(-ledger.left // left)
+        model.fit(tokens(ledger.values), torch.tensor([*ledger.values.values()]), generator)
+        ranked = sorted(ledger.values, key=ledger.values.__getitem__, reverse=True)
+        seeds = tokens(dict.fromkeys([*ranked[: config.seeds], ledger.start]))
+        rewritten = torch.cat([model.improve(seeds, allowed, size) for size in config.steps])
+        with torch.no_grad():
+            order = model.predict(model.encode(rewritten)).argsort(descending=True)
+        proposed = [
+            tuple(o.index(token) for o, token in zip(numbers, row, strict=True))
+            for row in rewritten[order].tolist()
+        ]
+        before = len(ledger.values)
+        ledger.ask([code for code, _ in islice(ledger.fresh(proposed), share)])
+        ledger.ask(ledger.draw(share - (len(ledger.values) - before), generator))
     return ledger.found()

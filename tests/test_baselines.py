@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from natlib import NatlibError, natbench
 from natlib.baselines import (
     EXHAUSTIVE_LIMIT,
+    NAO,
     Closure,
     Evaluate,
     Found,
+    NAOConfig,
     closure,
     exhaustive,
     hill_climbing,
+    nao,
     random_search,
     reachable,
 )
@@ -36,6 +39,7 @@ SEARCHES: dict[str, Search] = {
     "first improvement": hill_climbing,
     "batches": partial(hill_climbing, batch=5),
     "steepest ascent": partial(hill_climbing, batch=1000),
+    "nao": partial(nao, config=NAOConfig(8, 8, 8, updates=3, rounds=2, seeds=3)),
 }
 SPACES = {**RULES, "free": free}
 small = genotypes(nodes=(1, 2), degrees=(1, 2))
@@ -320,3 +324,126 @@ def test_hill_climbing_needs_fewer_evaluations_than_random_search_where_edges_ad
         climbed = hill_climbing(space, Additive(seed), 100, generator(seed)).value
         wins += climbed > random_search(space, Additive(seed), 100, generator(seed)).value
     assert wins == 20
+
+
+# --- NAO ---------------------------------------------------------------------------------------
+
+K = len(PRIMITIVES)
+ANY = torch.ones(3, K, dtype=torch.bool)
+
+
+def natbench_tokens(count: int, seed: int) -> torch.Tensor:
+    numbers = torch.randperm(natbench.SIZE, generator=generator(seed))[:count].tolist()
+    return torch.tensor([[PRIMITIVES.index(p) for p in natbench.primitives(i)] for i in numbers])
+
+
+def accuracies(tokens: torch.Tensor) -> torch.Tensor:
+    """An additive reward of three choices, in the range of accuracies."""
+    return 0.6 + 0.1 * torch.tensor(Additive(0).terms)[torch.arange(3), tokens].mean(1)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> NAO:
+    model = NAO(K, NAOConfig(updates=150), generator())
+    tokens = natbench_tokens(500, 0)[:200]
+    model.fit(tokens, accuracies(tokens), generator())
+    return model
+
+
+@torch.no_grad()
+def test_the_predictor_ranks_architectures_that_it_was_not_fitted_to(fitted: NAO) -> None:
+    held_out = natbench_tokens(500, 0)[200:]
+    predicted = fitted.predict(fitted.encode(held_out))
+    ranks = torch.stack([predicted, accuracies(held_out)]).argsort(1).argsort(1).double()
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.85
+
+
+@torch.no_grad()
+def test_the_decoder_gives_back_what_was_encoded(fitted: NAO) -> None:
+    seen, held_out = natbench_tokens(500, 0).split([200, 300])
+    for tokens, share in ((seen, 0.9), (held_out, 0.8)):
+        same = fitted.generate(fitted.encode(tokens), ANY) == tokens
+        assert float(same.double().mean()) > share
+
+
+@torch.no_grad()
+def test_a_step_in_the_embedding_raises_predicted_and_true_performance(fitted: NAO) -> None:
+    tokens = natbench_tokens(500, 0)[200:]
+    start = fitted.encode(tokens)
+    before = fitted.predict(start)
+    moved = fitted.step(start, 0.1)
+    torch.testing.assert_close(moved.norm(dim=-1), torch.ones(300, 3))
+    assert bool((fitted.predict(moved) > before).all())
+    gains = []
+    for size in (0.5, 1.0, 2.0):
+        better = fitted.improve(tokens, ANY, size)
+        assert bool((fitted.predict(fitted.encode(better)) - before).mean() > 0)
+        gains.append(float((accuracies(better) - accuracies(tokens)).mean()))
+    # In standard deviations of the architectures' accuracies.
+    assert min(gains) > 0.2 * float(accuracies(tokens).std())
+
+
+@torch.no_grad()
+def test_decoding_keeps_to_what_is_allowed_and_to_its_own_logits(fitted: NAO) -> None:
+    tokens = natbench_tokens(200, 1)
+    embedding = fitted.encode(tokens)
+    allowed = torch.rand(200, 3, K, generator=generator()) < 0.3
+    allowed.scatter_(2, tokens[..., None], True)
+    found = fitted.generate(embedding, allowed)
+    assert bool(allowed.gather(2, found[..., None]).all())
+    logits = fitted.decode(embedding, found).masked_fill(~allowed, -math.inf)
+    assert torch.equal(logits.argmax(-1), found)
+    alone = [fitted.generate(embedding[i : i + 1], allowed[i]) for i in range(20)]
+    assert torch.equal(torch.cat(alone), found[:20])
+
+
+@torch.no_grad()
+def test_the_decoder_sees_only_earlier_tokens(fitted: NAO) -> None:
+    tokens = natbench_tokens(20, 1)
+    embedding = fitted.encode(tokens)
+    changed = tokens.clone()
+    changed[:, 1] = (changed[:, 1] + 1) % K
+    one, two = (fitted.decode(embedding, t) for t in (tokens, changed))
+    assert torch.equal(one[:, :2], two[:, :2])
+    assert not torch.equal(one[:, 2], two[:, 2])
+
+
+def test_nao_is_saved_and_loaded_and_follows_its_generator(fitted: NAO) -> None:
+    tokens = natbench_tokens(50, 1)
+    state = torch.random.get_rng_state()
+    loaded = NAO(K, fitted.config, generator(9))
+    assert not torch.equal(loaded.improve(tokens, ANY, 1.0), fitted.improve(tokens, ANY, 1.0))
+    loaded.load_state_dict(fitted.state_dict())
+    assert torch.equal(loaded.improve(tokens, ANY, 1.0), fitted.improve(tokens, ANY, 1.0))
+    again = NAO(K, NAOConfig(updates=2), generator())
+    other = NAO(K, NAOConfig(updates=2), generator())
+    for model in (again, other):
+        model.fit(tokens, accuracies(tokens), generator(3))
+    for a, b in zip(again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_equal_accuracies_teach_nothing_and_break_nothing() -> None:
+    model = NAO(K, NAOConfig(updates=5), generator())
+    tokens = natbench_tokens(5, 1)
+    model.fit(tokens, torch.full((5,), 0.7), generator())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_nao_beats_random_search_at_equal_numbers_of_evaluations() -> None:
+    regret = {"nao": 0.0, "random": 0.0}
+    for seed in range(5):
+        space = closure(natbench.genotype(101 * seed), free(), tied=True)
+        best = Additive(seed).optimum(space)
+        regret["nao"] += best - nao(space, Additive(seed), 100, generator(seed)).value
+        regret["random"] += best - random_search(space, Additive(seed), 100, generator(seed)).value
+    assert regret["nao"] < 0.8 * regret["random"]
+
+
+def test_what_nao_refuses() -> None:
+    with pytest.raises(NatlibError, match=r"first = 1\.5"):
+        NAOConfig(first=1.5)
+    for name in ("rounds", "seeds", "updates", "batch"):
+        with pytest.raises(NatlibError, match=f"{name} = 0"):
+            NAOConfig(**{name: 0})
