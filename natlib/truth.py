@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from natlib import tabular
-from natlib.baselines import closure, hill_climbing
+from natlib.baselines import NAO, NAOConfig, closure, hill_climbing
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Genotype
 from natlib.policy import (
@@ -224,39 +224,71 @@ def _between(first: float, last: float | None, share: float) -> float:
 
 # Searches ----------------------------------------------------------------------------------------
 
-SEARCHES = ("random search", "hill climbing")
+SEARCHES = ("random search", "hill climbing", "NAO")
 SEARCHED = "natpp"
+NAO_SIZES = NAOConfig(
+    embedding=32, hidden=64, updates=300, steps=tuple(0.25 * 1.25**i for i in range(16))
+)
 
 
 def searched(
-    name: str, space: Space, inputs: Codes, times: int, generator: torch.Generator
+    name: str, space: Space, inputs: Codes, training: Codes, times: int, seed: int
 ) -> Codes:
     """Return what a search evaluates for each input, in order: (len(inputs), times).
 
     "random search" draws from all architectures that cost no more than the input, "hill climbing"
-    goes through its closure under NAT++. Where that is exhausted the input stands again.
+    goes through its closure under NAT++, and where that is exhausted the input stands again.
+    "NAO" fits encoder, predictor and decoder to all of ``training`` once, then moves each input by
+    gradient steps of several sizes; where these give no more, the input stands again.
     """
+    generator = stream(seed, name)
+    if name == "NAO":
+        return _nao(space, inputs, training, times, generator)
     everything = np.arange(space.size)
-    rule = by_name(SEARCHED, space.primitives)
-
-    def evaluate(genotypes: Sequence[Genotype]) -> list[float]:
-        return [float(space.validation[space.code(g)]) for g in genotypes]
-
     rows = []
     for code in inputs.tolist():
         if name == "random search":
             within = everything[space.cheaper(everything, np.asarray(code))]
             drawn = torch.randint(len(within), (times,), generator=generator).numpy()
             rows.append(within[drawn].tolist())
-            continue
+        else:
+            visited = _climbed(space, code, times, generator)
+            rows.append(visited + [code] * (times - len(visited)))
+    return np.array(rows)
 
-        def within_cost(genotype: Genotype, code: int = code) -> bool:
-            return bool(space.cheaper(np.asarray(space.code(genotype)), np.asarray(code)))
 
-        around = closure(space.genotype(code), rule, tied=True, within=within_cost)
-        found = hill_climbing(around, evaluate, times + 1, generator)
-        visited = [space.code(genotype) for genotype, _ in found.trajectory[1:]]
-        rows.append(visited + [code] * (times - len(visited)))
+def _climbed(space: Space, code: int, times: int, generator: torch.Generator) -> list[int]:
+    """Codes that hill climbing evaluates beside its start, in order."""
+
+    def evaluate(genotypes: Sequence[Genotype]) -> list[float]:
+        return [float(space.validation[space.code(g)]) for g in genotypes]
+
+    def within(genotype: Genotype) -> bool:
+        return bool(space.cheaper(np.asarray(space.code(genotype)), np.asarray(code)))
+
+    rule = by_name(SEARCHED, space.primitives)
+    around = closure(space.genotype(code), rule, tied=True, within=within)
+    found = hill_climbing(around, evaluate, times + 1, generator)
+    return [space.code(genotype) for genotype, _ in found.trajectory[1:]]
+
+
+def _nao(
+    space: Space, inputs: Codes, training: Codes, times: int, generator: torch.Generator
+) -> Codes:
+    """Distinct rewritings of each input by NAO, those of highest predicted accuracy first."""
+    model = NAO(len(space.primitives), NAO_SIZES, generator)
+    values = torch.from_numpy(space.validation[training]).float()
+    model.fit(torch.from_numpy(space.digits(training)), values, generator)
+    tokens = torch.from_numpy(space.digits(inputs))
+    anything = torch.ones(len(space.edges), len(space.primitives), dtype=torch.bool)
+    found = torch.stack([model.improve(tokens, anything, size) for size in NAO_SIZES.steps], 1)
+    with torch.no_grad():
+        predicted = model.predict(model.encode(found.flatten(0, 1))).view(found.shape[:2])
+    order = predicted.argsort(1, descending=True)[..., None].expand_as(found)
+    rows = []
+    for code, row in zip(inputs.tolist(), space.codes(found.gather(1, order).numpy()), strict=True):
+        proposed = [c for c in dict.fromkeys(row.tolist()) if c != code][:times]
+        rows.append(proposed + [code] * (times - len(proposed)))
     return np.array(rows)
 
 
@@ -430,8 +462,7 @@ def study(run: Run) -> dict[str, Any]:
     for name in config.searches:
         if name not in result:
             best = optimum(space, SEARCHED, inputs)
-            draw = stream(config.seed, name)
-            drawn = searched(name, space, inputs, max(config.samples), draw)
+            drawn = searched(name, space, inputs, training, max(config.samples), config.seed)
             result[name] = judge(config, space, inputs, best, drawn)
         done += 1
         run.progress(done, total)

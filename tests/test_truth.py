@@ -173,11 +173,13 @@ def test_no_choice_beats_exhaustive_search_or_costs_more(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", truth.SEARCHES)
-def test_a_search_evaluates_what_it_may_at_no_more_cost(name: str) -> None:
+def test_a_search_evaluates_what_it_may(name: str) -> None:
     inputs = EVERYTHING[::5]
-    found = truth.searched(name, SMALL, inputs, 6, generator(0))
+    found = truth.searched(name, SMALL, inputs, EVERYTHING, 6, 0)
     assert found.shape == (len(inputs), 6)
-    assert SMALL.cheaper(found, inputs[:, None]).all()
+    assert set(found.ravel().tolist()) <= set(EVERYTHING.tolist())
+    if name != "NAO":  # which knows no cost; judging drops what is dearer
+        assert SMALL.cheaper(found, inputs[:, None]).all()
     if name == "hill climbing":
         allowed = SMALL.allowed(by_name("natpp", SMALL.primitives))
         for code, row in zip(inputs, found, strict=True):
@@ -186,7 +188,7 @@ def test_a_search_evaluates_what_it_may_at_no_more_cost(name: str) -> None:
             assert len(set(others.tolist())) == len(others)
         # With as many evaluations as there are genotypes, nothing is left to find.
         best = truth.optimum(SMALL, "natpp", inputs).validation
-        whole = truth.searched(name, SMALL, inputs, SMALL.size, generator(0))
+        whole = truth.searched(name, SMALL, inputs, EVERYTHING, SMALL.size, 0)
         assert (SMALL.validation[whole].max(1) >= best).all()
 
 
