@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,18 +58,54 @@ class _InputLayer(nn.Module):
         return out
 
 
-class _Values:
-    """The values of a cell's nodes, and their ReLUs, each taken once however many use it."""
+MEMO_BYTES = 512 * 2**20
 
-    def __init__(self, raw: dict[int, Tensor]) -> None:
-        self.raw = raw
-        self._relu: dict[int, Tensor] = {}
 
-    def relu(self, node: int) -> Tensor:
-        """The ReLU of a node."""
-        if node not in self._relu:
-            self._relu[node] = F.relu(self.raw[node])
-        return self._relu[node]
+class _Value(NamedTuple):
+    """A tensor, and the number of the expression that computes it."""
+
+    number: int
+    tensor: Tensor
+
+
+class Memo:
+    """Values that a network has computed on one batch of images, by the expression of each.
+
+    Architectures on one batch that agree in a part of the network compute it once: rewritings of
+    one input share much, any two share stem and input layers. Holds at most ``limit`` bytes, those
+    of the earliest cells first, for they are met again most. Usable without gradients only, on one
+    network with one state of its weights.
+    """
+
+    def __init__(self, limit: float = MEMO_BYTES) -> None:
+        self.limit, self.depth, self.held = limit, 0, 0
+        self._numbers: dict[tuple[Hashable, ...], int] = {}
+        self._values: list[OrderedDict[int, Tensor]] = []
+
+    def take(self, compute: Callable[[], Tensor], *expression: Hashable) -> _Value:
+        """Return the value of an expression, computing it where it is not held."""
+        number = self._numbers.setdefault(expression, len(self._numbers))
+        while len(self._values) <= self.depth:
+            self._values.append(OrderedDict())
+        own = self._values[self.depth]
+        value = own.get(number)
+        if value is None:
+            value = own[number] = compute()
+            self.held += value.numel() * value.element_size()
+            while self.held > self.limit:
+                _, dropped = next(v for v in reversed(self._values) if v).popitem(last=False)
+                self.held -= dropped.numel() * dropped.element_size()
+        else:
+            own.move_to_end(number)
+        return _Value(number, value)
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self._values, self.held = [], 0
+
+    def relu(self, value: _Value) -> _Value:
+        """The ReLU of a value, taken once however many edges use it."""
+        return self.take(partial(F.relu, value.tensor), "relu", value.number)
 
 
 class _CellModule(nn.Module):
@@ -89,39 +128,49 @@ class _CellModule(nn.Module):
                 self.edges[key] = module
 
     def forward(
-        self, relus: tuple[Tensor, Tensor], columns: tuple[Tensor | None, Tensor | None], cell: Cell
-    ) -> _Values:
+        self,
+        relus: tuple[_Value, _Value],
+        columns: tuple[Tensor | None, Tensor | None],
+        cell: Cell,
+        memo: Memo,
+    ) -> dict[int, _Value]:
         """Compute the cell's live nodes from the ReLUs of its two inputs."""
         live = cell.live
-        values = _Values({
-            i: self.inputs[i](relus[i], columns[i]) for i in range(INPUTS) if i in live
-        })  # fmt: skip
-        # Two edges with the same weights (supernet), or pools of one node, are computed once.
-        done: dict[str, Tensor] = {}
+        values: dict[int, _Value] = {}
+        for i, layer in enumerate(self.inputs):
+            if i in live:
+                compute = partial(layer, relus[i].tensor, columns[i])
+                values[i] = memo.take(compute, layer, relus[i].number)
         for node, group in enumerate(cell.in_edges, INPUTS):
             if node not in live:
                 continue
-            total: Tensor | None = None
+            total: _Value | None = None
             for key, e in zip(edge_keys(group), group, strict=True):
                 if e.primitive == "null":
                     continue
                 if self.shared:
                     key = f"{e.source}_{e.target}_{e.primitive}"
-                name = key
-                p = primitive(e.primitive)
-                if p.kind in ("max_pool", "avg_pool"):
-                    name = f"{e.source}_{e.primitive}"
-                if name not in done:
-                    if key not in self.edges:
-                        self._require(key, e)
-                        done[name] = values.raw[e.source]
-                    elif takes_relu(p):
-                        done[name] = self.edges[key](values.relu(e.source))
-                    else:
-                        done[name] = self.edges[key](values.raw[e.source])
-                total = done[name] if total is None else total + done[name]
-            values.raw[node] = self._zero(relus[1]) if total is None else total
+                term = self._edge(key, e, values[e.source], memo)
+                if total is None:
+                    total = term
+                else:
+                    add = partial(torch.add, total.tensor, term.tensor)
+                    total = memo.take(add, "sum", total.number, term.number)
+            values[node] = total or memo.take(partial(self._zero, relus[1].tensor), self, "zero")
         return values
+
+    def _edge(self, key: str, e: Edge, source: _Value, memo: Memo) -> _Value:
+        """The value of an edge that is not null."""
+        if key not in self.edges:
+            self._require(key, e)
+            return source
+        p, module = primitive(e.primitive), self.edges[key]
+        if takes_relu(p):
+            source = memo.relu(source)
+        # Pools have no weights: those of one node are one.
+        pool = p.kind in ("max_pool", "avg_pool")
+        what: Hashable = (self, e.source < INPUTS, e.primitive) if pool else module
+        return memo.take(partial(module, source.tensor), what, source.number)
 
     def _require(self, key: str, e: Edge) -> None:
         """Refuse an edge that this network holds no weights for (a stride-1 skip needs none)."""
@@ -221,28 +270,42 @@ class CellNetwork(nn.Module):
                 bound = 1 / math.sqrt(self.classifier.in_features)
                 weight.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, images: Tensor, genotype: Genotype | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, genotype: Genotype | None = None, memo: Memo | None = None
+    ) -> Tensor:
         """Compute logits (B, classes); a supernet needs the genotype to run.
 
-        Raises NatlibError if a supernet gets none, or one with nodes or primitives it lacks.
+        ``memo`` keeps values for other genotypes on the same images; the logits are bitwise the
+        same with and without. Raises NatlibError if a supernet gets none, or one with nodes or
+        primitives it lacks.
         """
         run = genotype if genotype is not None else self.genotype
         if run is None:
             raise NatlibError("a supernet needs a genotype to run")
         self._require_nodes(run)
-        x = self.stem_bn(self.stem(images))
-        relus = (F.relu(x),) * 2
+        # Values of a single genotype are of use within a cell only.
+        kept = memo is not None
+        memo = memo or Memo(math.inf)
+        memo.depth = 0
+        stem = memo.take(lambda: self.stem_bn(self.stem(images)), "stem")
+        relus = (memo.relu(stem),) * 2
         columns: tuple[Tensor | None, Tensor | None] = (None, None)
-        for module in self.cells:
+        for i, module in enumerate(self.cells):
             assert isinstance(module, _CellModule)
             cell = run.reduce if module.place.kind == "reduce" else run.normal
-            values = module(relus, columns, cell)
-            columns = (columns[1], self._columns(cell, module.place.channels, x.device))
+            if not kept:
+                memo.forget()
+            memo.depth = i
+            values = module(relus, columns, cell, memo)
+            columns = (columns[1], self._columns(cell, module.place.channels, images.device))
             if module is not self.cells[-1]:
                 # The next cells read the output through a ReLU: that of a concatenation is the
                 # concatenation of the nodes' ReLUs, most of which the edges needed anyway.
-                relus = (relus[1], cat([values.relu(n) for n in cell.concat]))
-        pooled = torch.cat([values.raw[n].mean((2, 3)) for n in cell.concat], 1)
+                parts = [memo.relu(values[n]) for n in cell.concat]
+                compute = partial(cat, [p.tensor for p in parts])
+                numbers = tuple(p.number for p in parts)
+                relus = (relus[1], memo.take(compute, "cat", cell.concat, numbers))
+        pooled = torch.cat([values[n].tensor.mean((2, 3)) for n in cell.concat], 1)
         return F.linear(pooled, pick(self.classifier.weight, columns[1]), self.classifier.bias)
 
     def _require_nodes(self, genotype: Genotype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +29,9 @@ from natlib.primitives import PRIMITIVES
 from natlib.records import Record, Run, RunStore
 from natlib.train import (
     DataConfig,
+    Part,
     TrainConfig,
-    accuracy,
+    accuracies,
     device,
     macro_for,
     splits,
@@ -137,9 +139,7 @@ def train_supernet(run: Run) -> dict[str, Any]:
     def keep(finished: int) -> None:
         if finished in config.snapshot_epochs:
             run.save_artifact(f"snapshot_{len(watched)}", network.state_dict())
-            watched.append(
-                [accuracy(network, report.normalised, report.labels, g) for g in genotypes]
-            )
+            watched.append(accuracies(network, report.normalised, report.labels, genotypes))
 
     losses = train_epochs(
         run,
@@ -287,10 +287,11 @@ def supernet_reward(network: CellNetwork, images: Tensor, labels: Tensor) -> Rew
     """
 
     def reward(before: Sequence[Genotype], after: Sequence[Genotype]) -> list[float]:
-        known: dict[Genotype, float] = {}
-        for g in (*before, *after):
-            if g not in known:
-                known[g] = accuracy(network, images, labels, g)
+        # An input beside its rewritings: they have most in common.
+        pairs = zip(before, after, strict=True)
+        distinct = list(dict.fromkeys(g for pair in pairs for g in pair))
+        values = accuracies(network, images, labels, distinct)
+        known = dict(zip(distinct, values, strict=True))
         return [known[a] - known[b] for b, a in zip(before, after, strict=True)]
 
     return reward
@@ -432,7 +433,7 @@ def derive(
     policy: Policy,
     genotype: Genotype,
     samples: int,
-    score: Callable[[Genotype], float],
+    score: Callable[[Sequence[Genotype]], list[float]],
     macro: MacroConfig,
     generator: torch.Generator,
     budget: Cost | None = None,
@@ -451,7 +452,7 @@ def derive(
     within = [g for g in distinct if network_cost(g, macro).within(limit)]
     if not within:
         raise NatlibError(f"none of {len(distinct)} candidates is within the budget {limit}")
-    candidates = [(g, score(g)) for g in within]
+    candidates = list(zip(within, score(within), strict=True))
     best, value = max(candidates, key=lambda pair: pair[1])
     return Derived(best, value, candidates, len(distinct) - len(within))
 
@@ -485,6 +486,10 @@ def _require_distinct_rules(policies: Sequence[tuple[PolicyConfig, str]]) -> Non
         raise NatlibError(f"rules {', '.join(rules)}: results go by rule, so give each one policy")
 
 
+GROUP = 32
+"""Genotypes that share a memo of their common parts, and lie between two checkpoints."""
+
+
 def measure_gain(run: Run) -> dict[str, Any]:
     """Measure supernet accuracy before and after one rewriting; body of records of kind "gain".
 
@@ -511,15 +516,18 @@ def measure_gain(run: Run) -> dict[str, Any]:
             policy = random_policy(name, space)
             draw = stream(config.seed, name, "random")
             outputs[f"{name} random"] = policy.sample(inputs, draw).genotypes
-    everything = list(dict.fromkeys(g for genotypes in outputs.values() for g in genotypes))
+    # An input beside its rewritings: they have most in common.
+    by_input = zip(*outputs.values(), strict=True)
+    everything = list(dict.fromkeys(g for genotypes in by_input for g in genotypes))
     values: list[float] = []
     if state := run.load_checkpoint():
-        values = state["values"]
-    for g in everything[len(values) :]:
-        values.append(accuracy(network, images, labels, g))
+        values = state.get("accuracies", [])
+    for start in range(len(values), len(everything), GROUP):
+        group = everything[start : start + GROUP]
+        values += accuracies(network, images, labels, group)
         run.progress(len(values), len(everything))
         if run.checkpoint_due():
-            run.save_checkpoint({"values": values})
+            run.save_checkpoint({"accuracies": values})
     known = dict(zip(everything, values, strict=True))
     result: dict[str, Any] = {}
     for name, genotypes in outputs.items():
@@ -565,16 +573,15 @@ def derive_many(run: Run) -> dict[str, Any]:
     scores: dict[Genotype, float] = {}
     reports: dict[Genotype, float] = {}
 
-    def score(g: Genotype) -> float:
-        if g not in scores:
-            scores[g] = accuracy(network, parts.search.normalised, parts.search.labels, g)
-        return scores[g]
+    def known(
+        values: dict[Genotype, float], part: Part, genotypes: Sequence[Genotype]
+    ) -> list[float]:
+        new = list(dict.fromkeys(g for g in genotypes if g not in values))
+        found = accuracies(network, part.normalised, part.labels, new)
+        values.update(zip(new, found, strict=True))
+        return [values[g] for g in genotypes]
 
-    def report(g: Genotype) -> float:
-        if g not in reports:
-            reports[g] = accuracy(network, parts.report.normalised, parts.report.labels, g)
-        return reports[g]
-
+    score = partial(known, scores, parts.search)
     policies = [(c.transitions, load_policy(c, key)) for c, key in config.policies]
     for name, genotype in config.genotypes:
         result[name] = {}
@@ -583,11 +590,12 @@ def derive_many(run: Run) -> dict[str, Any]:
             generator = stream(config.seed, "derive", name, rule)
             found = derive(policy, genotype, config.samples, score, macro, generator)
             after = network_cost(found.genotype, macro)
+            old, new = known(reports, parts.report, [genotype, found.genotype])
             result[name][rule] = {
                 "genotype": found.genotype.to_json(),
                 "changed": found.genotype != genotype,
-                "before_accuracy": report(genotype),
-                "accuracy": report(found.genotype),
+                "before_accuracy": old,
+                "accuracy": new,
                 "before_params": before.params,
                 "params": after.params,
                 "before_madds": before.madds,
@@ -780,8 +788,9 @@ def score_genotypes(run: Run) -> dict[str, Any]:
     config: ScoreConfig = run.config
     report = splits(config.supernet.data).report
     network = load_supernet(config.supernet, config.supernet_key)
-    values = []
-    for g in config.genotypes:
-        values.append(accuracy(network, report.normalised, report.labels, g))
+    values: list[float] = []
+    for start in range(0, len(config.genotypes), GROUP):
+        group = config.genotypes[start : start + GROUP]
+        values += accuracies(network, report.normalised, report.labels, group)
         run.progress(len(values), len(config.genotypes))
     return {"accuracy": values}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from natlib.cost import network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import Genotype
 from natlib.macro import MacroConfig
-from natlib.network import CellNetwork
+from natlib.network import CellNetwork, Memo
 from natlib.records import Run
 
 EVALUATION_BATCH = 125
@@ -126,6 +126,32 @@ def macro_for(config: DataConfig, channels: int, cells: int) -> MacroConfig:
 
 
 @torch.no_grad()
+def accuracies(
+    network: CellNetwork,
+    images: Tensor,
+    labels: Tensor,
+    genotypes: Sequence[Genotype | None],
+    batch: int = EVALUATION_BATCH,
+) -> list[float]:
+    """Share of images classified right, from 0 to 1, by each genotype on a supernet's weights.
+
+    ``images`` normalised (N, C, H, W), ``labels`` (N,), in batches of ``batch`` in the given order.
+    A supernet normalises with each batch's own statistics, so its accuracy depends on the order and
+    the batch size: both are fixed. What genotypes have in common is computed once a batch (see
+    ``network.Memo``); the result is that of each by itself. None stands for a standalone network's
+    own genotype. Raises NatlibError without images.
+    """
+    if len(images) == 0:
+        raise NatlibError("accuracy over no images is undefined")
+    right = [0] * len(genotypes)
+    for start in range(0, len(labels), batch):
+        x, y = images[start : start + batch], labels[start : start + batch]
+        memo = Memo() if len(genotypes) > 1 else None
+        for i, genotype in enumerate(genotypes):
+            right[i] += int((network(x, genotype, memo).argmax(1) == y).sum())
+    return [count / len(labels) for count in right]
+
+
 def accuracy(
     network: CellNetwork,
     images: Tensor,
@@ -133,18 +159,8 @@ def accuracy(
     genotype: Genotype | None = None,
     batch: int = EVALUATION_BATCH,
 ) -> float:
-    """Share of images classified right, from 0 to 1, in batches of ``batch`` in the given order.
-
-    ``images`` normalised (N, C, H, W), ``labels`` (N,). A supernet normalises with each batch's
-    own statistics, so its accuracy depends on the order and the batch size: both are fixed.
-    """
-    if len(images) == 0:
-        raise NatlibError("accuracy over no images is undefined")
-    right = 0
-    for start in range(0, len(labels), batch):
-        x, y = images[start : start + batch], labels[start : start + batch]
-        right += int((network(x, genotype).argmax(1) == y).sum())
-    return right / len(labels)
+    """Share of images classified right, from 0 to 1; see ``accuracies``."""
+    return accuracies(network, images, labels, [genotype], batch)[0]
 
 
 def cosine(step: int, steps: int, first: float, last: float) -> float:

@@ -43,8 +43,8 @@ from natlib.network import CellNetwork
 from natlib.policy import CellBatch, GCNConfig, GCNLogits, Policy
 from natlib.primitives import PRIMITIVES
 from natlib.records import cpu_model, git_state, peak_memory_mb
-from natlib.search import SpaceConfig, policy_step, supernet_reward
-from natlib.train import Part, Splits, accuracy, augmented, sgd, sgd_step
+from natlib.search import SpaceConfig, policy_step, random_policy, supernet_reward
+from natlib.train import Part, Splits, accuracies, augmented, sgd, sgd_step
 from natlib.transitions import by_name
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -326,12 +326,19 @@ def evaluation(size: Size, count: int, plain: bool) -> tuple[CellNetwork, Tensor
     return make_network(size, None, plain), *made_images(size.macro, count, plain)
 
 
-def evaluate(size: Size, count: int, plain: bool, genotype: Genotype) -> float:
-    """Evaluate a candidate as derive does."""
+def evaluate(size: Size, count: int, plain: bool, genotypes: Sequence[Genotype]) -> list[float]:
+    """Evaluate candidates as derive does."""
     network, images, labels = evaluation(size, count, plain)
     if plain:
-        return plain_accuracy(network, images, labels, genotype, size.batch)
-    return accuracy(network, images, labels, genotype)
+        return [plain_accuracy(network, images, labels, g, size.batch) for g in genotypes]
+    return accuracies(network, images, labels, genotypes)
+
+
+def rewritings(genotypes: Sequence[Genotype], count: int) -> list[list[Genotype]]:
+    """Return each genotype with ``count`` rewritings of it, by random NAT++ transitions."""
+    policy = random_policy("natpp", SpaceConfig())
+    generator = torch.Generator().manual_seed(0)
+    return [[g, *policy.sample([g] * count, generator).genotypes] for g in genotypes]
 
 
 def forward_flops(genotypes: Sequence[Genotype], macro: MacroConfig) -> float:
@@ -368,7 +375,8 @@ def rewards(bench: Bench) -> None:
     """Rewards: two architectures on the same images."""
     plan = bench.plan
     for size in plan.sizes:
-        genotypes = random_genotypes(size.nodes, 2 * plan.architectures)
+        inputs = random_genotypes(size.nodes, plan.architectures)
+        genotypes = [g for pair in rewritings(inputs, 1) for g in pair]
         works = {
             "ours": reward_evaluations(size, genotypes, plain=False),
             "plain": reward_evaluations(size, genotypes, plain=True),
@@ -382,26 +390,36 @@ def rewards(bench: Bench) -> None:
             bench.timed(
                 "rewards", "reward evaluation", size.name, "images/s", times,
                 size.reward * plan.architectures, threads=threads, flops=flops, moved=moved,
-                target=3.5, note=f"{size.reward} images a reward, two architectures on each",
+                target=3.5,
+                note=f"{size.reward} images a reward, an architecture and a rewriting on each",
             )  # fmt: skip
 
 
 def derive(bench: Bench) -> None:
-    """Scoring of a candidate; on two cores also by two processes with a thread each."""
+    """Scoring of candidates: an input with ten random rewritings, as derive scores them.
+
+    Plain scores two of them. On two cores ours is tried by two processes with a thread each, too.
+    """
     plan = bench.plan
     for size in plan.sizes:
         count = plan.derive_images * (1 if size is plan.sizes[0] else 4)
         fewer = max(1, count // 2)  # plain is slow, and its time is proportional
-        genotypes = random_genotypes(size.nodes, plan.architectures)
-        ours: list[Work] = [partial(evaluate, size, count, False, g) for g in genotypes]
-        plain: list[Work] = [partial(evaluate, size, fewer, True, g) for g in genotypes]
-        flops = count * forward_flops(genotypes, size.macro)
+        families = rewritings(random_genotypes(size.nodes, max(1, plan.architectures // 2)), 10)
+        pairs = [family[:2] for family in families]
+        ours: list[Work] = [partial(evaluate, size, count, False, f) for f in families]
+        plain: list[Work] = [partial(evaluate, size, fewer, True, p) for p in pairs]
+        # What one candidate of each family takes.
+        each, plain_each = len(families[0]), len(pairs[0])
+        flops = count * sum(forward_flops(f, size.macro) for f in families) / each
         torch.set_num_threads(1)
-        moved = {"ours": traffic(ours), "plain": traffic(plain) * count // fewer}
+        moved = {
+            "ours": traffic(ours) // each,
+            "plain": traffic(plain) * count // fewer // plain_each,
+        }
         with processes(2) as pool:
 
-            def both(size: Size, count: int, genotype: Genotype) -> None:
-                jobs = [pool.submit(evaluate, size, count, False, genotype) for _ in range(2)]
+            def both(size: Size, count: int, family: Sequence[Genotype]) -> None:
+                jobs = [pool.submit(evaluate, size, count, False, family) for _ in range(2)]
                 for job in jobs:
                     job.result()
 
@@ -409,11 +427,14 @@ def derive(bench: Bench) -> None:
                 plan.set_threads(threads)
                 works = {"ours": ours, "plain": plain}
                 if threads == 2:
-                    works["workers"] = [partial(both, size, count, g) for g in genotypes]
+                    works["workers"] = [partial(both, size, count, f) for f in families]
                     works["workers"][0]()
                 times = alternate(works, plan.seconds, plan.rounds)
-                times["plain"] = [t * count / fewer for t in times["plain"]]
-                note = f"10,000 images; measured on {count} (plain on {fewer}) and scaled"
+                times = {name: [t / each for t in taken] for name, taken in times.items()}
+                times["plain"] = [t * each / plain_each * count / fewer for t in times["plain"]]
+                note = (
+                    f"one of 11; 10,000 images; measured on {count} (plain on {fewer}), scaled"
+                )
                 if threads == 2:
                     # Two processes score two candidates in that time.
                     workers = [t / 2 for t in times.pop("workers")]
@@ -423,7 +444,7 @@ def derive(bench: Bench) -> None:
                     note += f"; ours: {how}"
                 bench.timed(
                     "derive", "derive, one candidate", size.name, "s", times,
-                    len(genotypes) * count / CANDIDATE, threads=threads, flops=flops, moved=moved,
+                    len(families) * count / CANDIDATE, threads=threads, flops=flops, moved=moved,
                     target=4.0, note=note,
                 )  # fmt: skip
 

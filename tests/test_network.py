@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from natlib import NatlibError
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
 from natlib.macro import MacroConfig
-from natlib.network import CellNetwork, edge_keys, parameter_count
+from natlib.network import CellNetwork, Memo, edge_keys, parameter_count
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
+from natlib.search import SpaceConfig, random_policy
 from natlib.zoo import ZOO
 from tests.plain_network import supernet_forward
 from tests.strategies import any_genotypes, chain, generator, genotypes, random_genotypes
@@ -394,3 +396,51 @@ def test_copy_from_needs_a_supernet_of_the_same_macro_and_shared_norms() -> None
     other = MacroConfig(channels=4, cells=6, classes=3, image_size=8)
     with pytest.raises(NatlibError, match=r"cells=6.*cells=5"):
         standalone(ZOO["DARTS"], other, shared=True).copy_from(SUPERNET)
+
+
+# --- what genotypes share ----------------------------------------------------------------------
+
+
+def rewritings(genotype: Genotype, count: int, seed: int) -> list[Genotype]:
+    """The genotype, rewritings of it, and repetitions of both."""
+    policy = random_policy("natpp", SpaceConfig())
+    drawn = policy.sample([genotype] * count, generator(seed)).genotypes
+    return [genotype, *drawn, genotype, drawn[0]]
+
+
+@settings(max_examples=25)
+@given(
+    genotypes(PRIMITIVES, nodes=(3,), degrees=(1, 2, 3)), st.integers(0, 99),
+    st.sampled_from([0, 2000, 20000, 10**9]),
+)  # fmt: skip
+def test_a_memo_changes_no_logit(genotype: Genotype, seed: int, limit: int) -> None:
+    network, x = supernet(3), images(3).contiguous(memory_format=torch.channels_last)
+    memo = Memo(limit)
+    with torch.no_grad():
+        for g in rewritings(genotype, 4, seed):
+            assert torch.equal(network(x, g, memo), network(x, g))
+            assert memo.held <= limit
+            held = [t for values in memo._values for t in values.values()]
+            assert memo.held == sum(t.numel() * t.element_size() for t in held)
+
+
+def test_what_was_computed_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x, calls = supernet(4), images(2), []
+    plain = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args: calls.append(args) or plain(*args))
+    darts = ZOO["DARTS"]
+    names = list(darts.primitives)
+    names[len(darts.normal.edges)] = "null"  # of the reduction cell
+    other = darts.with_primitives(names)
+    with torch.no_grad():
+        network(x, other)
+        alone = len(calls)
+        memo = Memo()
+        network(x, darts, memo)
+        first = len(calls) - alone
+        network(x, darts, memo)
+        assert len(calls) == alone + first
+        network(x, other, memo)
+    # Stem, the cell before the first reduction, and that cell's other edges are there already.
+    again = len(calls) - alone - first
+    assert 0 < again < 0.8 * alone

@@ -245,11 +245,13 @@ def test_reward_looks_at_each_genotype_once(
 ) -> None:
     calls: list[Genotype] = []
 
-    def count(network: object, images: Tensor, labels: Tensor, genotype: Genotype) -> float:
-        calls.append(genotype)
-        return 0.5
+    def count(
+        network: object, images: Tensor, labels: Tensor, genotypes: Sequence[Genotype]
+    ) -> list[float]:
+        calls.extend(genotypes)
+        return [0.5] * len(genotypes)
 
-    monkeypatch.setattr(search, "accuracy", count)
+    monkeypatch.setattr(search, "accuracies", count)
     one, two = random_genotypes(2)
     supernet_reward(build_supernet(SUPERNET), torch.empty(0), torch.empty(0))(
         [one, one, one], [two, one, two]
@@ -611,6 +613,10 @@ def luck(genotype: Genotype) -> float:
     return hashlib.sha256(repr(genotype).encode()).digest()[0] / 256
 
 
+def lucks(genotypes: Sequence[Genotype]) -> list[float]:
+    return [luck(g) for g in genotypes]
+
+
 @settings(max_examples=60)
 @given(
     genotypes(PRIMITIVES), st.sampled_from(sorted(RULES)), macros,
@@ -620,7 +626,7 @@ def test_what_is_derived_is_within_budget_and_no_worse_than_the_input(
     genotype: Genotype, rule: str, macro: MacroConfig, samples: int, seed: int
 ) -> None:
     policy = random_policy(rule, SpaceConfig())
-    found = derive(policy, genotype, samples, luck, macro, generator(seed))
+    found = derive(policy, genotype, samples, lucks, macro, generator(seed))
     limit = network_cost(genotype, macro)
     assert network_cost(found.genotype, macro).within(limit)
     assert found.score == luck(found.genotype) >= luck(genotype)
@@ -633,7 +639,7 @@ def test_what_is_derived_is_within_budget_and_no_worse_than_the_input(
     assert len(found.candidates) + found.dropped == len({genotype, *drawn})
     if rule == "natpp_cost_safe":
         assert found.dropped == 0
-    assert derive(policy, genotype, samples, luck, macro, generator(seed)) == found
+    assert derive(policy, genotype, samples, lucks, macro, generator(seed)) == found
 
 
 @settings(max_examples=40)
@@ -648,11 +654,11 @@ def test_a_given_budget_is_never_exceeded(
     fits = [g for g in drawn if network_cost(g, MACRO).within(budget)]
     if not fits:
         with pytest.raises(NatlibError) as error:
-            derive(policy, genotype, 10, luck, MACRO, generator(seed), budget)
+            derive(policy, genotype, 10, lucks, MACRO, generator(seed), budget)
         assert str(budget) in str(error.value)
         assert str(len(drawn)) in str(error.value)
     else:
-        found = derive(policy, genotype, 10, luck, MACRO, generator(seed), budget)
+        found = derive(policy, genotype, 10, lucks, MACRO, generator(seed), budget)
         assert network_cost(found.genotype, MACRO).within(budget)
         assert found.score == max(map(luck, fits))
         assert found.dropped == len(drawn) - len(fits)
@@ -671,8 +677,10 @@ def test_fates_in_a_space_without_null() -> None:
 def test_the_input_wins_a_tie_and_is_all_there_is_without_samples() -> None:
     policy = random_policy("natpp", SpaceConfig())
     darts = ZOO["DARTS"]
-    assert derive(policy, darts, 20, lambda g: 0.5, MACRO, generator()).genotype == darts
-    found = derive(policy, darts, 0, luck, MACRO, generator())
+    assert (
+        derive(policy, darts, 20, lambda gs: [0.5] * len(gs), MACRO, generator()).genotype == darts
+    )
+    found = derive(policy, darts, 0, lucks, MACRO, generator())
     assert (found.genotype, found.candidates, found.dropped) == (darts, [(darts, luck(darts))], 0)
 
 
@@ -681,9 +689,9 @@ def test_only_candidates_within_budget_are_scored_and_each_once() -> None:
     nulls = ZOO["VGG"].with_primitives(["null"] * 16)
     scored: list[Genotype] = []
 
-    def score(g: Genotype) -> float:
-        scored.append(g)
-        return 0.0
+    def score(genotypes: Sequence[Genotype]) -> list[float]:
+        scored.extend(genotypes)
+        return [0.0] * len(genotypes)
 
     found = derive(random_policy("nat", SpaceConfig()), nulls, 30, score, MACRO, generator())
     assert found.dropped > 0
@@ -693,7 +701,7 @@ def test_only_candidates_within_budget_are_scored_and_each_once() -> None:
 
 @pytest.mark.parametrize("name", ["ENAS", "DARTS", "Mobilenetv2"])
 def test_published_cells_of_any_shape_can_be_derived_from(name: str) -> None:
-    found = derive(random_policy("natpp", SpaceConfig()), ZOO[name], 10, luck, MACRO, generator())
+    found = derive(random_policy("natpp", SpaceConfig()), ZOO[name], 10, lucks, MACRO, generator())
     for (_, a), (_, b) in zip(ZOO[name].cells, found.genotype.cells, strict=True):
         assert a.concat == b.concat
     assert len(found.candidates) > 1
@@ -701,7 +709,7 @@ def test_published_cells_of_any_shape_can_be_derived_from(name: str) -> None:
 
 def test_deriving_touches_no_global_random_state() -> None:
     state = torch.random.get_rng_state()
-    derive(random_policy("natpp", SpaceConfig()), ZOO["DARTS"], 10, luck, MACRO, generator())
+    derive(random_policy("natpp", SpaceConfig()), ZOO["DARTS"], 10, lucks, MACRO, generator())
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -742,8 +750,11 @@ def test_gains_are_measured_on_the_same_held_out_architectures(supernet: Record)
     assert all(len(v) == 4 for m in record.result.values() for v in m.values())
 
 
-def test_gain_stopped_and_resumed_equals_uninterrupted(supernet: Record, tmp_path: Path) -> None:
+def test_gain_stopped_and_resumed_equals_uninterrupted(
+    supernet: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = gain_config(supernet)
+    monkeypatch.setattr(search, "GROUP", 2)
     resumed_equals_uninterrupted(tmp_path / "g", "gain", config, measure_gain, (3, 4))
 
 
