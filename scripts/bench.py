@@ -432,9 +432,7 @@ def derive(bench: Bench) -> None:
                 times = alternate(works, plan.seconds, plan.rounds)
                 times = {name: [t / each for t in taken] for name, taken in times.items()}
                 times["plain"] = [t * each / plain_each * count / fewer for t in times["plain"]]
-                note = (
-                    f"one of 11; 10,000 images; measured on {count} (plain on {fewer}), scaled"
-                )
+                note = f"one of 11; 10,000 images; measured on {count} (plain on {fewer}), scaled"
                 if threads == 2:
                     # Two processes score two candidates in that time.
                     workers = [t / 2 for t in times.pop("workers")]
