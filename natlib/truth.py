@@ -300,9 +300,9 @@ class TruthConfig:
     """One seed of a study: methods trained and judged on one space, on the same held-out inputs.
 
     ``space`` as in ``tabular.load``, ``searches`` some of ``SEARCHES``. Results are given for each
-    number of candidates in ``samples``, single figures for ``chosen`` of them. ``plane`` of the
-    held-out inputs are kept with their costs, for a picture. Raises NatlibError if ``chosen`` is
-    not among ``samples``.
+    number of candidates in ``samples``, single figures for ``chosen`` of them. Of the method
+    ``pictured`` some architectures are kept. Raises NatlibError if ``chosen`` is not among
+    ``samples``.
     """
 
     space: str
@@ -312,7 +312,7 @@ class TruthConfig:
     held_out: int
     samples: tuple[int, ...]
     chosen: int
-    plane: int = 20
+    pictured: str = "NAT++"
 
     def __post_init__(self) -> None:
         if self.chosen not in self.samples:
@@ -371,7 +371,7 @@ def judge(
     choosing on test data adds to test accuracy; ``madds`` and ``params``, their relative change;
     ``kinds``, what each kind of transition adds to ``test_gain``. Of the first candidate as it is:
     ``single_gain``, ``single_test_gain``, ``single_worse``, and ``dearer``, how often it costs
-    more. ``plane``: MAdds and test accuracy before and after, of ``config.plane`` inputs.
+    more.
     """
     before, before_test = space.validation[inputs], space.test[inputs]
     picks = {n: choose(space, inputs, drawn[:, :n], space.validation) for n in config.samples}
@@ -379,14 +379,13 @@ def judge(
     first = drawn[:, 0]
     on_test = choose(space, inputs, drawn[:, : config.chosen], space.test)
     attainable = _mean(best.validation - before)
-    points = np.stack([space.madds[inputs], before_test, space.madds[after], space.test[after]], 1)
     return {
         "gains": [_mean(space.validation[p] - before) for p in picks.values()],
         "test_gains": [_mean(space.test[p] - before_test) for p in picks.values()],
         "gain": _mean(space.validation[after] - before),
         "test_gain": _mean(space.test[after] - before_test),
         "attainable": attainable,
-        "share": _mean(space.validation[after] - before) / attainable,
+        "share": round(_mean(space.validation[after] - before) / attainable, 6),
         "regret": _mean(best.validation - space.validation[after]),
         "test_regret": _mean(best.test - space.test[after]),
         "space_regret": _mean(best.space_validation - space.validation[after]),
@@ -401,12 +400,18 @@ def judge(
         "single_worse": _mean(space.test[first] < before_test),
         "dearer": _mean(~space.cheaper(first, inputs)),
         "kinds": by_kind(space, inputs, after),
-        "plane": points[: config.plane].tolist(),
     }
 
 
 def _mean(values: NDArray[Any]) -> float:
     return round(float(values.mean()), 6)
+
+
+def plane(config: TruthConfig, space: Space, inputs: Codes, drawn: Codes) -> list[list[float]]:
+    """Return MAdds and test accuracy before and after, of the first 20 inputs."""
+    after = choose(space, inputs, drawn[:, : config.chosen], space.validation)
+    columns = [values[codes] for codes in (inputs, after) for values in (space.madds, space.test)]
+    return [[round(float(x), 4) for x in row] for row in np.stack(columns, 1)[:20]]
 
 
 def by_kind(space: Space, before: Codes, after: Codes) -> dict[str, float]:
@@ -424,7 +429,8 @@ def study(run: Run) -> dict[str, Any]:
     Returns, if there are ``methods``, accuracies of the "input"; and for each method what ``judge``
     says of its samples; of policies also ``looked_at``, the share of the space whose accuracy
     training used; of trained ones also the same of their most likely rewriting (``argmax_gain``,
-    ...) and ``accepted``, how likely a draw from the softmax over all primitives is allowed.
+    ...) and ``accepted``, how likely a draw from the softmax over all primitives is allowed; of the one
+    that is pictured, its ``plane``.
     """
     config: TruthConfig = run.config
     space = tabular.load(config.space)
@@ -447,13 +453,15 @@ def study(run: Run) -> dict[str, Any]:
             drawn = policy.draw(inputs, max(config.samples), stream(config.seed, "draw", name))
             result[name] = judge(config, space, inputs, best, drawn)
             result[name]["looked_at"] = looked_at
+            if name == config.pictured:
+                result[name]["plane"] = plane(config, space, inputs, drawn)
             if learner.network is not None:
                 likely = policy.most_likely(inputs)
                 result[name] |= {
                     "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
                     "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
                     "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
-                    "accepted": policy.accepted(inputs),
+                    "accepted": round(policy.accepted(inputs), 6),
                 }
         done += 1
         run.progress(done, total)
