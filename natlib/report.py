@@ -153,28 +153,30 @@ def format_interval(
 
 
 def measured(values: ArrayLike, digits: int = 1, signed: bool = True) -> str:
-    """Write fractions, one a seed, as their mean in percent with interval and n; none as a dash."""
+    """Write fractions, one a seed, as mean in percent with interval; fewer than two as a dash."""
     if len(_numbers(values, "values")) < 2:
         return "– (not measured)"
-    return format_interval(interval(values), signed=signed, digits=digits)
+    return format_interval(interval(values), signed=signed, digits=digits, counted=False)
 
 
 def interval_table(
     rows: Mapping[str, Mapping[str, ArrayLike]], first: str = "method", digits: int = 2
 ) -> pd.DataFrame:
-    """Tabulate fractions, one a seed, as means in percent with 95 % intervals; none as dashes.
+    """Tabulate fractions, one a seed, as percent ± half a 95 % interval; too few as a dash.
 
     ``rows`` maps a row's name to its columns; ``first`` heads the names.
     """
-    table = []
-    for name, columns in rows.items():
-        texts = {
-            column: "–"
-            if len(_numbers(values, column)) < 2
-            else format_interval(interval(values), signed=False, digits=digits, counted=False)
-            for column, values in columns.items()
-        }
-        table.append({first: name, **texts})
+
+    def cell(values: ArrayLike) -> str:
+        if len(_numbers(values, "values")) < 2:
+            return "–"
+        i = interval(values)
+        return f"{100 * i.mean:.{digits}f} ± {100 * (i.high - i.mean):.{digits}f}"
+
+    table = [
+        {first: name, **{column: cell(values) for column, values in columns.items()}}
+        for name, columns in rows.items()
+    ]
     return pd.DataFrame(table)
 
 
@@ -337,11 +339,12 @@ def plot_scatter(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, title: st
 
 
 def plot_intervals(
-    intervals: Mapping[str, Interval], xlabel: str, percent: bool = True, title: str = ""
-) -> Chart:
+    intervals: Mapping[str, Interval], xlabel: str, percent: bool = True, title: str = "",
+    digits: int = 1,
+) -> Chart:  # fmt: skip
     """Draw named intervals as points with whiskers beside a line at zero."""
     scale = 100.0 if percent else 1.0
-    texts = [format_interval(i, percent) for i in intervals.values()]
+    texts = [format_interval(i, percent, digits=digits) for i in intervals.values()]
     said = "; ".join(f"{n} {t}" for n, t in zip(intervals, texts, strict=True))
     chart = start_chart(
         56 + (20 if title else 0) + 34 * len(intervals), f"{title or xlabel}: {said}."
