@@ -429,7 +429,7 @@ def study(run: Run) -> dict[str, Any]:
     Returns, if there are ``methods``, accuracies of the "input"; and for each method what ``judge``
     says of its samples; of policies also ``looked_at``, the share of the space whose accuracy
     training used; of trained ones also the same of their most likely rewriting (``argmax_gain``,
-    ...) and ``accepted``, how likely a draw from the softmax over all primitives is allowed; of the
+    ...; the input where it costs more) and ``accepted``, how likely a draw from the softmax over all primitives is allowed; of the
     one that is pictured, its ``plane``.
     """
     config: TruthConfig = run.config
@@ -457,6 +457,7 @@ def study(run: Run) -> dict[str, Any]:
                 result[name]["plane"] = plane(config, space, inputs, drawn)
             if learner.network is not None:
                 likely = policy.most_likely(inputs)
+                likely = np.where(space.cheaper(likely, inputs), likely, inputs)
                 result[name] |= {
                     "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
                     "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
