@@ -49,6 +49,7 @@ __all__ = [
     "load_faces",
     "normalise",
     "partition",
+    "roots",
     "statistics",
 ]
 
@@ -252,11 +253,15 @@ def _locate(name: str) -> _Place:
         failures = obtain(name, LAYOUTS[name][0], _DATA)
         if place := _search(name):
             return place
-    searched = " or ".join(label for label, _ in _roots())
+    searched = " or ".join(label for label, _ in roots())
     raise _Absent(name, "; ".join([f"not in {searched}", *failures]))
 
 
-def _roots() -> list[tuple[str, Path]]:
+def roots() -> list[tuple[str, Path]]:
+    """Return the folders in which data is looked for, first to last, each with its name in words.
+
+    Raises NatlibError if NATLIB_DATA is not a folder.
+    """
     roots = [("data/", _DATA)]
     if value := os.environ.get("NATLIB_DATA", ""):
         folder = Path(value).expanduser().resolve()
@@ -267,7 +272,7 @@ def _roots() -> list[tuple[str, Path]]:
 
 
 def _search(name: str) -> _Place | None:
-    for label, root in _roots():
+    for label, root in roots():
         for layout in LAYOUTS[name]:
             if (root / layout).is_dir():
                 return _Place(name, root / layout, f"{layout} in {label}")

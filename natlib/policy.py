@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -126,15 +126,19 @@ def decode(genotypes: Sequence[Genotype], actions: Tensor, names: Sequence[str])
     return out
 
 
+Architecture = TypeVar("Architecture")
+
+
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(Generic[Architecture]):
     """One sampled rewriting of each input: genotypes, log-probability and entropy, (len,) each.
 
-    ``log_probability`` and ``entropy`` (nats) are sums over all edges of both cells and carry
-    gradients.
+    ``genotypes`` are of the inputs' type: in a complete space (``natlib.truth``) a number stands
+    for each. ``log_probability`` and ``entropy`` (nats) are sums over all choices (those of both
+    cells, where they differ) and carry gradients.
     """
 
-    genotypes: list[Genotype]
+    genotypes: list[Architecture]
     log_probability: Tensor
     entropy: Tensor
 
@@ -167,7 +171,9 @@ class GCNConfig:
 
     Defaults are the published ones (node feature 1024, hidden 100, embedding 100). ``degree`` is
     the largest number of incoming edges a node may have. ``graph`` "both" links nodes along edges
-    in both directions with self loops, symmetrically normalised; "released" is the form of the
+    in both directions with self loops, symmetrically normalised; "residual" adds each node's own
+    features once more, since where all nodes are linked (natbench, NAS-Bench-201) the mean over
+    neighbours and itself is the same for every node; "released" is the form of the
     authors' code, directed, without self loops or normalisation, which leaves most edges' logits
     blind to the edge's own primitive.
     """
@@ -179,8 +185,8 @@ class GCNConfig:
     graph: str = "both"
 
     def __post_init__(self) -> None:
-        if self.graph not in ("both", "released"):
-            raise NatlibError(f"graph {self.graph!r} is not one of 'both', 'released'")
+        if self.graph not in ("both", "residual", "released"):
+            raise NatlibError(f"graph {self.graph!r} is not one of 'both', 'residual', 'released'")
 
 
 class GCNLogits(nn.Module):
@@ -233,9 +239,11 @@ class GCNLogits(nn.Module):
         )
         if self.config.graph == "released":
             return a
-        a = (a + a.transpose(1, 2)).clamp(max=1) + torch.eye(n + INPUTS).to(a)
+        loops = torch.eye(n + INPUTS).to(a)
+        a = (a + a.transpose(1, 2)).clamp(max=1) + loops
         scale = a.sum(2).rsqrt()
-        return a * scale[:, :, None] * scale[:, None, :]
+        a = a * scale[:, :, None] * scale[:, None, :]
+        return a + loops if self.config.graph == "residual" else a
 
     def distinct_rows(self, batch: CellBatch) -> tuple[Tensor, Tensor]:
         """Codes of the distinct nodes of a batch, and where each node's is (B (N + 2),), int64.
@@ -400,7 +408,7 @@ class Policy:
         genotypes: Sequence[Genotype],
         generator: torch.Generator,
         encoded: CellBatch | None = None,
-    ) -> Rollout:
+    ) -> Rollout[Genotype]:
         """Sample one rewriting of each genotype; ``encoded`` saves encoding them again."""
         batch = encoded or self.encode(genotypes)
         logp = self.log_probabilities(batch)
@@ -416,7 +424,7 @@ class Policy:
 
     def _rollout(
         self, genotypes: Sequence[Genotype], batch: CellBatch, logp: Tensor, actions: Tensor
-    ) -> Rollout:
+    ) -> Rollout[Genotype]:
         chosen = logp.gather(-1, actions[..., None])[..., 0]
         p = logp.exp()
         # 0 log 0 = 0, in the gradient as well.

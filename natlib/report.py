@@ -63,12 +63,15 @@ __all__ = [
     "duration",
     "format_interval",
     "interval",
+    "interval_table",
     "load_reported",
     "mask_plot",
     "mean_change",
+    "measured",
     "paired_difference",
     "plot_curves",
     "plot_intervals",
+    "plot_plane",
     "plot_primitive_costs",
     "plot_probabilities",
     "plot_scatter",
@@ -134,13 +137,47 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> I
     return interval(second - first, confidence)
 
 
-def format_interval(i: Interval, percent: bool = True, signed: bool = True, digits: int = 1) -> str:
-    """Write an interval as ``+1.5 [0.9, 2.1] (n = 200)``; ``percent`` multiplies by 100."""
+def format_interval(
+    i: Interval, percent: bool = True, signed: bool = True, digits: int = 1, counted: bool = True
+) -> str:
+    """Write an interval as ``+1.5 [0.9, 2.1] (n = 200)``; ``percent`` multiplies by 100.
+
+    Without ``counted`` the n is left out, for tables that say it once.
+    """
     scale = 100.0 if percent else 1.0
     # Adding 0.0 turns a negative zero into zero.
     mean, low, high = (round(v * scale, digits) + 0.0 for v in (i.mean, i.low, i.high))
     sign = "+" if signed else ""
-    return f"{mean:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] (n = {i.n})"
+    text = f"{mean:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{text} (n = {i.n})" if counted else text
+
+
+def measured(values: ArrayLike, digits: int = 1, signed: bool = True) -> str:
+    """Write fractions, one a seed, as mean in percent with interval; fewer than two as a dash."""
+    if len(_numbers(values, "values")) < 2:
+        return "– (not measured)"
+    return format_interval(interval(values), signed=signed, digits=digits, counted=False)
+
+
+def interval_table(
+    rows: Mapping[str, Mapping[str, ArrayLike]], first: str = "method", digits: int = 2
+) -> pd.DataFrame:
+    """Tabulate fractions, one a seed, as percent ± half a 95 % interval; too few as a dash.
+
+    ``rows`` maps a row's name to its columns; ``first`` heads the names.
+    """
+
+    def cell(values: ArrayLike) -> str:
+        if len(_numbers(values, "values")) < 2:
+            return "–"
+        i = interval(values)
+        return f"{100 * i.mean:.{digits}f} ± {100 * (i.high - i.mean):.{digits}f}"
+
+    table = [
+        {first: name, **{column: cell(values) for column, values in columns.items()}}
+        for name, columns in rows.items()
+    ]
+    return pd.DataFrame(table)
 
 
 def block_means(series: Sequence[ArrayLike], blocks: int) -> NDArray[np.float64]:
@@ -302,11 +339,12 @@ def plot_scatter(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, title: st
 
 
 def plot_intervals(
-    intervals: Mapping[str, Interval], xlabel: str, percent: bool = True, title: str = ""
-) -> Chart:
+    intervals: Mapping[str, Interval], xlabel: str, percent: bool = True, title: str = "",
+    digits: int = 1,
+) -> Chart:  # fmt: skip
     """Draw named intervals as points with whiskers beside a line at zero."""
     scale = 100.0 if percent else 1.0
-    texts = [format_interval(i, percent) for i in intervals.values()]
+    texts = [format_interval(i, percent, digits=digits) for i in intervals.values()]
     said = "; ".join(f"{n} {t}" for n, t in zip(intervals, texts, strict=True))
     chart = start_chart(
         56 + (20 if title else 0) + 34 * len(intervals), f"{title or xlabel}: {said}."
@@ -321,6 +359,34 @@ def plot_intervals(
     axes.set_ylim(len(intervals) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set(xlabel=xlabel, title=title)
+    return chart
+
+
+def plot_plane(points: ArrayLike, front: ArrayLike, title: str = "") -> Chart:
+    """Draw architectures before and after in the plane of cost and accuracy, with a Pareto front.
+
+    ``points`` (n, 4): MAdds and accuracy (0..1) before, then after; ``front`` (m, 2): the same of
+    the architectures that no cheaper one beats, by rising MAdds.
+    """
+    before, after = np.split(np.asarray(points, dtype=np.float64), 2, axis=1)
+    best = np.asarray(front, dtype=np.float64)
+    # What the front reaches at an architecture's own cost.
+    reach = [best[np.searchsorted(best[:, 0], p[:, 0], "right") - 1, 1] for p in (before, after)]
+    below = [100 * float(np.mean(r - p[:, 1])) for r, p in zip(reach, (before, after), strict=True)]
+    chart = start_chart(
+        285,
+        f"{title or 'Cost and accuracy'}: {len(before)} architectures lie {below[0]:.1f} points "
+        f"below the Pareto front on average before, {below[1]:.1f} after rewriting.",
+    )
+    axes = chart.subplots()
+    axes.step(best[:, 0] / 1e6, 100 * best[:, 1], where="post", color=INK, label="Pareto front")
+    for p, name, color, mark in ((before, "input", ORANGE, "x"), (after, "rewritten", BLUE, "o")):
+        axes.plot(p[:, 0] / 1e6, 100 * p[:, 1], mark, color=color, ms=4, alpha=0.7, label=name)
+    low = float(np.quantile(100 * before[:, 1], 0.1))
+    axes.set(xlabel="MAdds (M)", ylabel="test accuracy (%)", ylim=(low, 100.5 * best[-1, 1]))
+    chart.legend(loc="outside upper left", ncols=3)
+    if title:
+        axes.set_title(title)
     return chart
 
 
@@ -518,6 +584,7 @@ class Claim:
     evidence: Interval | bool | None
     measured: str = ""
     percent: bool = True
+    digits: int = 1
 
     @property
     def verdict(self) -> Verdict:
@@ -534,7 +601,7 @@ class Claim:
     def words(self) -> str:
         """The evidence in words."""
         shown = (
-            format_interval(self.evidence, self.percent)
+            format_interval(self.evidence, self.percent, digits=self.digits)
             if isinstance(self.evidence, Interval)
             else ""
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
 from natlib.macro import Macro, MacroConfig
 from natlib.network import CellNetwork
-from natlib.policy import GCNConfig, LSTMConfig, Policy, UniformLogits, build_logits
+from natlib.policy import (
+    Architecture,
+    GCNConfig,
+    LSTMConfig,
+    Policy,
+    Rollout,
+    UniformLogits,
+    build_logits,
+)
 from natlib.primitives import PRIMITIVES
 from natlib.records import ADDED_LATER, Record, Run, RunStore
 from natlib.train import (
@@ -234,12 +242,22 @@ def random_policy(transitions: str, space: SpaceConfig) -> Policy:
 Reward = Callable[[Sequence[Genotype], Sequence[Genotype]], list[float]]
 
 
+class Sampler(Protocol[Architecture]):
+    """What ``policy_step`` trains: it samples one rewriting of each input."""
+
+    def sample(
+        self, inputs: Sequence[Architecture], generator: torch.Generator, /
+    ) -> Rollout[Architecture]:
+        """Sample, with log-probabilities and entropies that carry gradients."""
+        ...
+
+
 def policy_step(
-    policy: Policy,
+    policy: Sampler[Architecture],
     optimizer: torch.optim.Optimizer,
-    inputs: Sequence[Genotype],
+    inputs: Sequence[Architecture],
     rollouts: int,
-    reward: Reward,
+    reward: Callable[[Sequence[Architecture], Sequence[Architecture]], list[float]],
     baseline: float | None,
     entropy_weight: float,
     baseline_decay: float,

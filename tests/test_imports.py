@@ -23,11 +23,12 @@ LAYERS = [
     {"errors"},
     {"primitives"},
     {"genotype"},
-    {"zoo", "transitions", "macro"},
-    {"cost", "operations"},
+    {"zoo", "transitions", "macro", "nasbench201"},
+    {"cost", "operations", "tabular"},
     {"network", "policy", "baselines"},
     {"train"},
     {"search"},
+    {"truth"},
     {"report"},
 ]
 LEAVES = {"data", "records"}

@@ -33,7 +33,7 @@ from tests.strategies import chain, generator, genotypes, random_genotypes
 
 K = len(PRIMITIVES)
 SMALL = GCNConfig(embedding=8, feature=16, hidden=12)
-GRAPHS = ["both", "released"]
+GRAPHS = ["both", "residual", "released"]
 NETWORKS = {
     "both": GCNConfig(8, 16, 12, degree=3),
     "released": GCNConfig(8, 16, 12, degree=3, graph="released"),
@@ -367,7 +367,7 @@ def test_a_node_with_more_inputs_than_the_policy_was_built_for() -> None:
 
 
 def test_unknown_graph_form() -> None:
-    with pytest.raises(NatlibError, match=r"'undirected'.*'both', 'released'"):
+    with pytest.raises(NatlibError, match=r"'undirected'.*'both', 'residual', 'released'"):
         GCNConfig(graph="undirected")
 
 
@@ -510,7 +510,7 @@ def test_the_policy_knows_the_cells_type_and_each_inputs_place(
     assert (other - same).abs().max() > 1e-6  # input 0 and input 1
 
 
-def test_the_adjacency_of_both_forms() -> None:
+def test_the_adjacency_of_each_form() -> None:
     cell = Cell((Edge(0, 2, "null"), Edge(0, 2, "null"), Edge(2, 3, "null")), (3,))
     batch = CellBatch.encode([Genotype(cell, cell)], PRIMITIVES)
     released = GCNLogits(K, GCNConfig(8, 16, 12, graph="released")).adjacency(batch)[0]
@@ -526,3 +526,16 @@ def test_the_adjacency_of_both_forms() -> None:
     torch.testing.assert_close(both, linked / (degree[:, None] * degree[None]).sqrt())
     assert math.isclose(float(both[1, 1]), 1.0)
     assert both.shape == (2 + INPUTS, 2 + INPUTS)
+    residual = GCNLogits(K, replace(SMALL, graph="residual")).adjacency(batch)[0]
+    torch.testing.assert_close(residual, both + torch.eye(4))
+
+
+def test_only_the_residual_form_tells_nodes_apart_where_all_are_linked() -> None:
+    # As in natbench: slot 0 of node 2 and of node 3 are different edges of the same mean.
+    cell = Cell((Edge(1, 2, "conv_3x3"), Edge(1, 3, "null"), Edge(2, 3, "skip_connect")), (3,))
+    batch = CellBatch.encode([Genotype(cell, cell)], PRIMITIVES)
+    apart = {}
+    for graph in ("both", "residual"):
+        logits = GCNLogits(K, replace(SMALL, graph=graph), generator(0))(batch)
+        apart[graph] = float((logits[:, 0, 0] - logits[:, 1, 0]).abs().max())
+    assert apart["both"] < 1e-6 < 1e-4 < apart["residual"]

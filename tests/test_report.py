@@ -417,3 +417,29 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_genotype_draws_its_two_cells_with_their_names() -> None:
     chart = report.draw_genotype(Genotype(TWICE, TWICE), title="mine")
     assert {"mine, normal cell", "mine, reduction cell"} <= set(labels(chart))
+
+
+def test_tables_and_words_of_values_by_seed() -> None:
+    values = [0.10, 0.12, 0.14]
+    half = report.interval(values).high - 0.12
+    frame = report.interval_table({"a": {"x": values, "y": []}, "b": {"x": [0.5], "y": values}})
+    assert list(frame.columns) == ["method", "x", "y"]
+    assert frame.x.tolist() == [f"12.00 ± {100 * half:.2f}", "–"]
+    assert frame.y.tolist() == ["–", f"12.00 ± {100 * half:.2f}"]
+    assert report.measured(values).startswith("+12.0 [")
+    assert "n =" not in report.measured(values)
+    assert report.measured([]) == "– (not measured)"
+
+
+def test_a_claim_may_show_small_effects() -> None:
+    effect = report.interval([0.0004, 0.0005, 0.0006])
+    claim = report.Claim("a", "b", "c", effect, digits=2)
+    assert claim.words == "+0.05 [0.03, 0.07] (n = 3)"
+
+
+def test_the_plane_says_how_far_below_the_front() -> None:
+    front = [[1e6, 0.5], [2e6, 0.7]]
+    points = [[2.5e6, 0.6, 1.5e6, 0.5], [3e6, 0.6, 1e6, 0.5]]
+    chart = report.plot_plane(points, front, title="T")
+    assert "2 architectures lie 10.0 points below the Pareto front on average before" in chart.alt
+    assert "0.0 after rewriting" in chart.alt

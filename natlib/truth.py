@@ -1,0 +1,640 @@
+"""Policies trained and judged where every architecture's accuracy is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from natlib import tabular
+from natlib.baselines import NAO, NAOConfig, closure, hill_climbing
+from natlib.errors import NatlibError
+from natlib.genotype import INPUTS, Genotype
+from natlib.policy import (
+    CellBatch,
+    GCNConfig,
+    Logits,
+    LSTMConfig,
+    Rollout,
+    UniformLogits,
+    bm_log_softmax,
+    build_logits,
+)
+from natlib.records import Body, Record, Run, RunStore, read_reference
+from natlib.search import policy_step, settings
+from natlib.tabular import KINDS, Codes, Space, Values, attribute, kind_of
+from natlib.train import stream
+from natlib.transitions import by_name
+
+MASKINGS = ("BMSoftmax", "rejection", "after sampling")
+
+
+class TablePolicy:
+    """A policy network with a transition rule over a ``Space``: rewrites codes, one cell each.
+
+    ``masking`` says how forbidden transitions are kept out. "BMSoftmax": they have probability 0.
+    "rejection": the softmax covers all primitives and forbidden draws are thrown away, so what is
+    drawn follows the same distribution but gradients do not know of the mask. "after sampling": a
+    forbidden draw leaves the edge as it was. Raises NatlibError on another masking.
+    """
+
+    def __init__(
+        self, network: Logits, space: Space, transitions: str, masking: str = "BMSoftmax"
+    ) -> None:
+        if masking not in MASKINGS:
+            raise NatlibError(f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
+        self.network, self.space, self.masking = network, space, masking
+        self.allowed = space.allowed(by_name(transitions, space.primitives))
+        self.mask = torch.from_numpy(self.allowed)
+        self.powers = torch.from_numpy(space.powers.copy())
+        targets = [target - INPUTS for _, target in space.edges]
+        slots = [targets[:i].count(t) for i, t in enumerate(targets)]
+        self.nodes, self.slots = torch.tensor(targets), torch.tensor(slots)
+        shape = (max(targets) + 1, max(slots) + 1)
+        self.sources = torch.zeros(shape, dtype=torch.long)
+        self.sources[self.nodes, self.slots] = torch.tensor([s for s, _ in space.edges])
+        self.present = torch.zeros(shape, dtype=torch.bool)
+        self.present[self.nodes, self.slots] = True
+
+    def encode(self, digits: Tensor) -> CellBatch:
+        """Encode primitive indexes (B, E) as B normal cells."""
+        cells = torch.zeros(len(digits), *self.sources.shape, dtype=torch.long)
+        cells[:, self.nodes, self.slots] = digits
+        return CellBatch(
+            cells,
+            self.sources.expand_as(cells),
+            self.present.expand_as(cells),
+            torch.zeros(len(digits), dtype=torch.bool),
+        )
+
+    def scores(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return digits (B, E), logits and mask (B, E, K) of architectures.
+
+        The network sees each distinct architecture once.
+        """
+        distinct, where = torch.unique(codes, return_inverse=True)
+        k = len(self.space.primitives)
+        digits = distinct[:, None] // self.powers % k
+        logits = self.network(self.encode(digits))[:, self.nodes, self.slots]
+        mask = self.mask[torch.arange(digits.shape[1]), digits]
+        return digits[where], logits[where], mask[where]
+
+    def sample(self, inputs: Sequence[int], generator: torch.Generator) -> Rollout[int]:
+        """Sample one rewriting of each code."""
+        codes = torch.as_tensor(inputs)
+        digits, logits, mask = self.scores(codes)
+        drawn_from, logp = self._log_probabilities(logits, mask)
+        actions = _draw(drawn_from, generator)
+        p = logp.exp()
+        # 0 log 0 = 0, in the gradient as well.
+        entropy = -(p * logp.masked_fill(torch.isinf(logp), 0)).sum((1, 2))
+        chosen = logp.gather(-1, actions[..., None])[..., 0].sum(1)
+        return Rollout(self._legal(digits, actions, mask).tolist(), chosen, entropy)
+
+    @torch.no_grad()
+    def draw(self, inputs: Codes, times: int, generator: torch.Generator) -> Codes:
+        """Sample rewritings of each code: (len(inputs), times)."""
+        digits, logits, mask = self.scores(torch.from_numpy(inputs).repeat_interleave(times))
+        actions = _draw(self._log_probabilities(logits, mask)[0], generator)
+        return np.asarray(self._legal(digits, actions, mask).view(len(inputs), times))
+
+    @torch.no_grad()
+    def most_likely(self, inputs: Codes) -> Codes:
+        """Return the argmax rewriting of each code (the paper's Maximum-GCN)."""
+        digits, logits, mask = self.scores(torch.from_numpy(inputs))
+        actions = self._log_probabilities(logits, mask)[0].argmax(-1)
+        return np.asarray(self._legal(digits, actions, mask))
+
+    @torch.no_grad()
+    def accepted(self, inputs: Codes) -> float:
+        """Return how likely a draw from the softmax over all primitives is an allowed rewriting."""
+        _, logits, mask = self.scores(torch.from_numpy(inputs))
+        return float((logits.softmax(-1) * mask).sum(-1).prod(-1).mean())
+
+    def _log_probabilities(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities that are sampled from, and those that gradients go through."""
+        if self.masking == "BMSoftmax":
+            both = bm_log_softmax(logits, mask)
+            return both, both
+        unmasked = logits.log_softmax(-1)
+        if self.masking == "rejection":
+            return bm_log_softmax(logits, mask), unmasked
+        return unmasked, unmasked
+
+    def _legal(self, digits: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+        """Codes of the actions (B, E), forbidden ones left out."""
+        legal = mask.gather(-1, actions[..., None])[..., 0]
+        return (torch.where(legal, actions, digits) * self.powers).sum(1)
+
+
+def _draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index for each row: (..., K) to (...)."""
+    p = log_probabilities.detach().exp()
+    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A policy and how REINFORCE trains it on a table's validation accuracies.
+
+    The reward is the validation accuracy gained, at most 0 where the rewriting costs more.
+
+    ``network`` is a policy network (a graph convolution is built for the space's in-degree), or
+    None for uniform random transitions, which need no training. Each of ``updates`` draws
+    ``architectures`` inputs that are not held out, and
+    ``rollouts`` rewritings of each. The entropy weight falls linearly from ``entropy_weight`` to
+    ``entropy_last`` (None: it stays), the learning rate from ``lr`` to ``lr_last``.
+    """
+
+    transitions: str = "natpp"
+    network: GCNConfig | LSTMConfig | None = field(default_factory=GCNConfig)
+    masking: str = "BMSoftmax"
+    updates: int = 300
+    architectures: int = 32
+    rollouts: int = 16
+    lr: float = 1e-3
+    lr_last: float | None = None
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 5e-4
+    entropy_weight: float = 0.003
+    entropy_last: float | None = None
+    baseline: str = "rollouts"
+
+
+def untrained(learner: Learner, space: Space, seed: int) -> TablePolicy:
+    """Build a learner's policy, freshly initialised."""
+    k = len(space.primitives)
+    network: Logits = UniformLogits(k)
+    if (config := learner.network) is not None:
+        if isinstance(config, GCNConfig):
+            targets = [target for _, target in space.edges]
+            config = replace(config, degree=max(targets.count(target) for target in targets))
+        network = build_logits(k, config, stream(seed, "policy", learner.transitions))
+    return TablePolicy(network, space, learner.transitions, learner.masking)
+
+
+def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[TablePolicy, float]:
+    """Train a policy on inputs from ``training``; return it, and the share of codes looked at."""
+    policy = untrained(learner, space, seed)
+    network = policy.network
+    if learner.network is None or not learner.updates:
+        return policy, 0.0
+    assert isinstance(network, nn.Module)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=learner.lr, betas=learner.betas,
+        weight_decay=learner.weight_decay, fused=True,
+    )  # fmt: skip
+    seen = np.zeros(space.size, dtype=bool)
+
+    def reward(before: Sequence[int], after: Sequence[int]) -> list[float]:
+        b, a = np.asarray(before), np.asarray(after)
+        seen[b] = seen[a] = True
+        gained = space.validation[a] - space.validation[b]
+        # What costs more than its input is dropped in the end: it must not earn anything.
+        earned: list[float] = np.where(space.cheaper(a, b), gained, np.minimum(gained, 0)).tolist()
+        return earned
+
+    baseline: float | None = None
+    for update in range(learner.updates):
+        done = update / learner.updates
+        generator = stream(seed, "update", update)
+        drawn = torch.randint(len(training), (learner.architectures,), generator=generator)
+        for group in optimizer.param_groups:
+            group["lr"] = _between(learner.lr, learner.lr_last, done)
+        step = policy_step(
+            policy, optimizer, training[drawn.numpy()].tolist(), learner.rollouts, reward, baseline,
+            _between(learner.entropy_weight, learner.entropy_last, done), 0.99, generator,
+            learner.baseline == "rollouts",
+        )  # fmt: skip
+        baseline = step["baseline"]
+    return policy, _mean(seen)
+
+
+def _between(first: float, last: float | None, share: float) -> float:
+    return first if last is None else first + (last - first) * share
+
+
+# Searches ----------------------------------------------------------------------------------------
+
+SEARCHES = ("random search", "hill climbing", "NAO")
+SEARCHED = "natpp"
+NAO_SIZES = NAOConfig(
+    embedding=32, hidden=64, updates=300, steps=tuple(0.25 * 1.25**i for i in range(16))
+)
+
+
+def searched(
+    name: str, space: Space, inputs: Codes, training: Codes, times: int, seed: int
+) -> Codes:
+    """Return what a search evaluates for each input, in order: (len(inputs), times).
+
+    "random search" draws from all architectures that cost no more than the input, "hill climbing"
+    goes through its closure under NAT++, and where that is exhausted the input stands again.
+    "NAO" fits encoder, predictor and decoder to all of ``training`` once, then moves each input by
+    gradient steps of several sizes; where these give no more, the input stands again.
+    """
+    generator = stream(seed, name)
+    if name == "NAO":
+        return _nao(space, inputs, training, times, generator)
+    everything = np.arange(space.size)
+    rows = []
+    for code in inputs.tolist():
+        if name == "random search":
+            within = everything[space.cheaper(everything, np.asarray(code))]
+            drawn = torch.randint(len(within), (times,), generator=generator).numpy()
+            rows.append(within[drawn].tolist())
+        else:
+            visited = _climbed(space, code, times, generator)
+            rows.append(visited + [code] * (times - len(visited)))
+    return np.array(rows)
+
+
+def _climbed(space: Space, code: int, times: int, generator: torch.Generator) -> list[int]:
+    """Codes that hill climbing evaluates beside its start, in order."""
+
+    def evaluate(genotypes: Sequence[Genotype]) -> list[float]:
+        return [float(space.validation[space.code(g)]) for g in genotypes]
+
+    def within(genotype: Genotype) -> bool:
+        return bool(space.cheaper(np.asarray(space.code(genotype)), np.asarray(code)))
+
+    rule = by_name(SEARCHED, space.primitives)
+    around = closure(space.genotype(code), rule, tied=True, within=within)
+    found = hill_climbing(around, evaluate, times + 1, generator)
+    return [space.code(genotype) for genotype, _ in found.trajectory[1:]]
+
+
+def _nao(
+    space: Space, inputs: Codes, training: Codes, times: int, generator: torch.Generator
+) -> Codes:
+    """Distinct rewritings of each input by NAO, those of highest predicted accuracy first."""
+    model = NAO(len(space.primitives), NAO_SIZES, generator)
+    values = torch.from_numpy(space.validation[training]).float()
+    model.fit(torch.from_numpy(space.digits(training)), values, generator)
+    tokens = torch.from_numpy(space.digits(inputs))
+    anything = torch.ones(len(space.edges), len(space.primitives), dtype=torch.bool)
+    found = torch.stack([model.improve(tokens, anything, size) for size in NAO_SIZES.steps], 1)
+    with torch.no_grad():
+        predicted = model.predict(model.encode(found.flatten(0, 1))).view(found.shape[:2])
+    order = predicted.argsort(1, descending=True)[..., None].expand_as(found)
+    rows = []
+    for code, row in zip(inputs.tolist(), space.codes(found.gather(1, order).numpy()), strict=True):
+        proposed = [c for c in dict.fromkeys(row.tolist()) if c != code][:times]
+        rows.append(proposed + [code] * (times - len(proposed)))
+    return np.array(rows)
+
+
+# Judging -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TruthConfig:
+    """One seed of a study: methods trained and judged on one space, on the same held-out inputs.
+
+    ``space`` as in ``tabular.load``, ``searches`` some of ``SEARCHES``. Results are given for each
+    number of candidates in ``samples``, single figures for ``chosen`` of them. Of the method
+    ``pictured`` some architectures are kept. Raises NatlibError if ``chosen`` is not among
+    ``samples``.
+    """
+
+    space: str
+    seed: int
+    methods: tuple[tuple[str, Learner], ...]
+    searches: tuple[str, ...]
+    held_out: int
+    samples: tuple[int, ...]
+    chosen: int
+    pictured: str = "NAT++"
+
+    def __post_init__(self) -> None:
+        if self.chosen not in self.samples:
+            raise NatlibError(f"chosen = {self.chosen} is not among samples {self.samples}")
+
+
+def choose(space: Space, inputs: Codes, candidates: Codes, by: Values) -> Codes:
+    """Return the best by ``by`` of each input and its candidates (H, n) that cost no more."""
+    everything = np.concatenate([inputs[:, None], candidates], 1)
+    within = space.cheaper(everything, inputs[:, None])
+    best = np.where(within, by[everything], -np.inf).argmax(1)
+    return np.asarray(everything[np.arange(len(inputs)), best])
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What is the most that each input could become at no more cost: accuracies (H,).
+
+    ``validation`` and ``test`` within its closure under a rule, ``space_validation`` and
+    ``space_test`` among all architectures.
+    """
+
+    validation: Values
+    test: Values
+    space_validation: Values
+    space_test: Values
+
+
+def optimum(space: Space, rule: str, inputs: Codes) -> Optimum:
+    """Find the best of each input's closure and of the whole space, by looking at all."""
+    allowed = space.allowed(by_name(rule, space.primitives))
+    everything = np.arange(space.size)
+    rows = []
+    for code in inputs:
+        reached = space.closure(allowed, int(code))
+        within = everything[space.cheaper(everything, code)]
+        rows.append([
+            values[codes].max() for codes in (reached, within)
+            for values in (space.validation, space.test)
+        ])  # fmt: skip
+    return Optimum(*np.array(rows).T)
+
+
+def judge(
+    config: TruthConfig, space: Space, inputs: Codes, best: Optimum, drawn: Codes
+) -> dict[str, Any]:
+    """Say how good the candidates (H, n) of a method are, the first ones counted first.
+
+    Accuracies and their differences in 0..1, means over the inputs. Lists go over
+    ``config.samples``: ``gains`` (validation, which chose) and ``test_gains`` of the chosen
+    candidate over the input. Of ``config.chosen`` candidates: these as ``gain`` and ``test_gain``;
+    ``share`` of what is ``attainable`` in the closure; ``regret`` and ``test_regret`` to the
+    closure's best, ``space_regret`` and ``space_test_regret`` to the best of all at no more cost,
+    ``whole_regret`` to the best of all;
+    ``worse``, how often the chosen one's test accuracy is below its input's; ``inflation``, what
+    choosing on test data adds to test accuracy; ``madds`` and ``params``, their relative change;
+    ``kinds``, what each kind of transition adds to ``test_gain``. Of the first candidate as it is:
+    ``single_gain``, ``single_test_gain``, ``single_worse``, and ``dearer``, how often it costs
+    more.
+    """
+    before, before_test = space.validation[inputs], space.test[inputs]
+    picks = {n: choose(space, inputs, drawn[:, :n], space.validation) for n in config.samples}
+    after = picks[config.chosen]
+    first = drawn[:, 0]
+    on_test = choose(space, inputs, drawn[:, : config.chosen], space.test)
+    attainable = _mean(best.validation - before)
+    return {
+        "gains": [_mean(space.validation[p] - before) for p in picks.values()],
+        "test_gains": [_mean(space.test[p] - before_test) for p in picks.values()],
+        "gain": _mean(space.validation[after] - before),
+        "test_gain": _mean(space.test[after] - before_test),
+        "attainable": attainable,
+        "share": round(_mean(space.validation[after] - before) / attainable, 6),
+        "regret": _mean(best.validation - space.validation[after]),
+        "test_regret": _mean(best.test - space.test[after]),
+        "space_regret": _mean(best.space_validation - space.validation[after]),
+        "space_test_regret": _mean(best.space_test - space.test[after]),
+        "whole_regret": _mean(space.validation.max() - space.validation[after]),
+        "worse": _mean(space.test[after] < before_test),
+        "inflation": _mean(space.test[on_test] - space.test[after]),
+        "madds": _mean(space.madds[after] / space.madds[inputs] - 1),
+        "params": _mean(space.params[after] / space.params[inputs] - 1),
+        "single_gain": _mean(space.validation[first] - before),
+        "single_test_gain": _mean(space.test[first] - before_test),
+        "single_worse": _mean(space.test[first] < before_test),
+        "dearer": _mean(~space.cheaper(first, inputs)),
+        "kinds": by_kind(space, inputs, after),
+    }
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return round(float(values.mean()), 6)
+
+
+def plane(config: TruthConfig, space: Space, inputs: Codes, drawn: Codes) -> list[list[float]]:
+    """Return MAdds and test accuracy before and after, of the first 20 inputs."""
+    after = choose(space, inputs, drawn[:, : config.chosen], space.validation)
+    columns = [values[codes] for codes in (inputs, after) for values in (space.madds, space.test)]
+    return [[round(float(x), 4) for x in row] for row in np.stack(columns, 1)[:20]]
+
+
+def by_kind(space: Space, before: Codes, after: Codes) -> dict[str, float]:
+    """Return what each kind of transition adds to the mean change of test accuracy."""
+    shares = attribute(space, before, after, space.test)
+    names = space.primitives
+    kinds = np.array([[kind_of(s, t) for t in names] for s in names])
+    found = kinds[space.digits(before), space.digits(after)]
+    return {kind: round(float(shares[found == kind].sum()) / len(before), 6) for kind in KINDS}
+
+
+def study(run: Run) -> dict[str, Any]:
+    """Train and judge all methods of a ``TruthConfig``; body of records of kind "truth".
+
+    Returns, if there are ``methods``, accuracies of the "input"; and for each method what ``judge``
+    says of its samples; of policies also ``looked_at``, the share of the space whose accuracy
+    training used; of trained ones also the same of their most likely rewriting (``argmax_gain``,
+    ...; the input where it costs more) and ``accepted``, how likely a draw from the softmax over all primitives is allowed; of the
+    one that is pictured, its ``plane``.
+    """
+    config: TruthConfig = run.config
+    space = tabular.load(config.space)
+    inputs, training = space.split(config.held_out, stream(config.seed, "held out"))
+    result: dict[str, Any] = run.load_checkpoint() or {}
+    if config.methods:
+        result["input"] = {"gain": 0.0, "test_gain": 0.0} | {
+            name: _mean(getattr(space, name)[inputs]) for name in ("validation", "test")
+        }
+    total = len(config.methods) + len(config.searches)
+    done = 0
+    optima: dict[str, Optimum] = {}
+    for name, learner in config.methods:
+        if name not in result:
+            rule = learner.transitions
+            if rule not in optima:
+                optima[rule] = optimum(space, rule, inputs)
+            best = optima[rule]
+            policy, looked_at = train(learner, space, training, config.seed)
+            drawn = policy.draw(inputs, max(config.samples), stream(config.seed, "draw", name))
+            result[name] = judge(config, space, inputs, best, drawn)
+            result[name]["looked_at"] = looked_at
+            if name == config.pictured:
+                result[name]["plane"] = plane(config, space, inputs, drawn)
+            if learner.network is not None:
+                likely = policy.most_likely(inputs)
+                likely = np.where(space.cheaper(likely, inputs), likely, inputs)
+                result[name] |= {
+                    "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
+                    "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
+                    "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
+                    "accepted": round(policy.accepted(inputs), 6),
+                }
+        done += 1
+        run.progress(done, total)
+        if run.checkpoint_due():
+            run.save_checkpoint(result)
+    for name in config.searches:
+        if name not in result:
+            best = optimum(space, SEARCHED, inputs)
+            drawn = searched(name, space, inputs, training, max(config.samples), config.seed)
+            result[name] = judge(config, space, inputs, best, drawn)
+        done += 1
+        run.progress(done, total)
+    return result
+
+
+# Studies -----------------------------------------------------------------------------------------
+
+RECIPE = 1
+TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Records of kind "truth", for each seed one of policies and one of searches; and their origin.
+
+    ``records`` are empty where the table is missing or incomplete and nothing is recorded.
+    """
+
+    records: list[Record]
+    source: str
+
+    def values(self, method: str, metric: str) -> list[Any]:
+        """Return a method's metric (see ``judge``, ``study``), one value a seed; [] without."""
+        results = [r.result[method] for r in self.records if method in r.result]
+        return [result[metric] for result in results if metric in result]
+
+    def kinds(self, method: str) -> dict[str, list[float]]:
+        """Return what each kind of transition adds to test accuracy, one value a seed."""
+        found = self.values(method, "kinds")
+        return {kind: [one[kind] for one in found] for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a chapter and the scorecard share: a space, seeds, and variations of one learner.
+
+    ``learner`` maps fields of ``Learner``, ``gcn`` and ``lstm`` those of its networks; mappings
+    come from experiments.yml. See ``methods`` for what is varied, ``TruthConfig`` for the rest.
+    """
+
+    space: str
+    seeds: int
+    held_out: int
+    rules: tuple[str, ...]
+    learner: Mapping[str, Any]
+    gcn: Mapping[str, Any]
+    lstm: Mapping[str, Any]
+    entropy_weights: tuple[float, ...] = ()
+    updates: tuple[int, ...] = ()
+    graphs: tuple[str, ...] = ("released",)
+    samples: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    chosen: int = 10
+
+    def methods(self, varied: bool = True) -> dict[str, Learner]:
+        """Return the learners by name.
+
+        Each of ``rules`` is learned, and uniformly random ("NAT++ random"). If ``varied``, there
+        are also, with NAT++: other ``graphs`` of the GCN, an LSTM, other masking, a moving
+        baseline, the published settings (with the most of ``updates``, of our size), constant
+        weights λ of the entropy, and other numbers of ``updates``.
+        """
+        gcn = settings(GCNConfig, self.gcn)
+        learner = settings(Learner, {**self.learner, "network": gcn})
+        found = {TITLES[rule]: replace(learner, transitions=rule) for rule in self.rules}
+        found |= {f"{name} random": replace(one, network=None) for name, one in found.items()}
+        if not varied:
+            return found
+        for graph in self.graphs:
+            found[f"{graph} GCN"] = replace(learner, network=replace(gcn, graph=graph))
+        found["LSTM"] = replace(learner, network=settings(LSTMConfig, self.lstm))
+        found |= {name: replace(learner, masking=name) for name in MASKINGS[1:]}
+        found["moving baseline"] = replace(learner, baseline="moving")
+        found["published settings"] = Learner(
+            updates=max((learner.updates, *self.updates)), network=gcn, lr=3e-4, baseline="moving"
+        )
+        for weight in self.entropy_weights:
+            found[f"λ = {weight:g}"] = replace(learner, entropy_weight=weight, entropy_last=None)
+        found |= {f"{number} updates": replace(learner, updates=number) for number in self.updates}
+        return found
+
+    def study(self, workers: int, scale: str, space: str = "", varied: bool = True) -> Study:
+        """Return the study of this space, or of another, computing what is not recorded.
+
+        Where the table is missing or not complete it is the recorded reference of ``scale``, if
+        there is one.
+        """
+        space = space or self.space
+        policies = tuple(self.methods(varied).items())
+        # Searches train nothing: a change of the learner leaves their records as they are.
+        configs = [
+            TruthConfig(space, seed, methods, searches, self.held_out, self.samples, self.chosen)
+            for methods, searches in ((policies, ()), ((), SEARCHES))[: 1 + varied]
+            for seed in range(self.seeds)
+        ]
+        return Study(*_records("truth", space, configs, study, workers, scale))
+
+    def facts(self, scale: str) -> list[Record]:
+        """Return the record of kind "space", or none where it can be neither computed nor found."""
+        config = FactsConfig(self.space, self.rules)
+        return _records("space", self.space, [config], describe, 1, scale)[0]
+
+
+def _records(
+    kind: str, space: str, configs: Sequence[Any], body: Body, workers: int, scale: str
+) -> tuple[list[Record], str]:
+    """Compute records, or find them in the reference; say which in words."""
+    store, data = RunStore.default(), tabular.checksum(space)
+    lacking = tabular.lacks(space)
+    if not lacking:
+        found = store.run_many(kind, configs, body, recipe=RECIPE, data=data, workers=workers)
+        return found, "computed on this machine from the whole table"
+    known = {record.key: record for record in read_reference(scale)}
+    keys = [store.key(kind, c, recipe=RECIPE, data=data, inputs=None) for c in configs]
+    found = [known[key] for key in keys if key in known]
+    told = "our recorded results" if found else "nothing to show yet"
+    return found, f"{told}, because {lacking}"
+
+
+@dataclass(frozen=True)
+class FactsConfig:
+    """A space to describe under rules."""
+
+    space: str
+    rules: tuple[str, ...]
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Say what a whole space holds; body of records of kind "space".
+
+    Returns ``size``, ``computations`` (distinct ones), ``validation`` and ``test`` of the best by
+    each, ``chosen`` (test accuracy of the best by validation), ``front`` (MAdds and test accuracy
+    of those that no cheaper one beats), and for each of ``rules``: ``targets`` (what each
+    primitive may become on some edge), mean size of a ``closure``, mean ``attainable`` validation
+    gain and the share of architectures that are ``optimal`` already.
+    """
+    config: FactsConfig = run.config
+    space = tabular.load(config.space)
+    order = np.lexsort((-space.test, space.madds))
+    best = np.maximum.accumulate(space.test[order])
+    front = order[np.flatnonzero(np.diff(best, prepend=-1.0) > 0)]
+    rules = {}
+    for rule in config.rules:
+        allowed = space.allowed(by_name(rule, space.primitives))
+        closures = [space.closure(allowed, code) for code in range(space.size)]
+        gains = np.array([space.validation[c].max() for c in closures]) - space.validation
+        names = space.primitives
+        rules[rule] = {
+            "targets": {
+                source: [t for k, t in enumerate(names) if allowed[:, i, k].any() and t != source]
+                for i, source in enumerate(names)
+            },
+            "closure": float(np.mean([len(c) for c in closures])),
+            "attainable": _mean(gains),
+            "optimal": _mean(gains == 0),
+        }
+        run.progress(len(rules), len(config.rules))
+    return {
+        "size": space.size,
+        "computations": len(set(space.computation.tolist())),
+        "validation": float(space.validation.max()),
+        "test": float(space.test.max()),
+        "chosen": float(space.test[space.validation.argmax()]),
+        "front": [[float(space.madds[c]), round(float(space.test[c]), 6)] for c in front],
+        "rules": rules,
+    }
