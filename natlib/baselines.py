@@ -318,9 +318,9 @@ class NAOConfig:
     from the ``seeds`` best.
 
     Published: embedding 48, hidden 96, predictor 200 in three layers with dropout 0.1, trade-off
-    0.8, 1000 epochs of batches of 100, lr 0.001, weight decay 1e-4, clip 5; 1000 random
-    architectures first, then 300 new ones a round. Source: Luo et al. (NeurIPS 2018), Sec. 3 and
-    the authors' released settings for CIFAR-10.
+    0.8, 1000 epochs of batches of 100, lr 0.001, weight decay 1e-4, clip 5, steps from 1000
+    architectures to 300 new and 100 random ones a round. Source: Luo et al. (NeurIPS 2018) and the
+    settings of the authors' PyTorch code for CIFAR-10 (weight sharing).
     """
 
     embedding: int = 16
@@ -413,8 +413,8 @@ class NAO(nn.Module):
     def step(self, embedding: Tensor, size: float) -> Tensor:
         """Move embeddings uphill the predicted performance: each token by ``size``, then back to 1.
 
-        Source: Luo et al. (2018), Eq. 3; the gradient is scaled to length 1, so that sizes mean the
-        same however steep the predictor is.
+        Source: Luo et al. (2018), Sec. 3.3; here the gradient is scaled to length 1, so that sizes
+        mean the same however steep the predictor is.
         """
         start = embedding.detach().requires_grad_()
         with torch.enable_grad():
@@ -473,7 +473,7 @@ def nao(
     steps from the input and the best, and evaluates the new architectures of highest predicted
     performance; what then is left of a round's share goes to random ones. As the NAT paper uses it,
     it starts at an input and may return a dearer architecture: ``transitions.free``. Source: Luo et
-    al. (NeurIPS 2018), Algorithm 1. Raises NatlibError if the budget is not positive.
+    al. (NeurIPS 2018), Sec. 3.3. Raises NatlibError if the budget is not positive.
     """
     config = config or NAOConfig()
     ledger = _Ledger(closure, evaluate, budget)

@@ -9,6 +9,8 @@ two it looks for these folders (:mod:`natlib.formats` says what is in them):
 cifar10        ``cifar-10-batches-py`` (torchvision's layout), ``cifar10-lossless``
 cifar100       ``cifar-100-python`` (torchvision's layout), ``cifar100-lossless``
 fashion_mnist  ``FashionMNIST/raw`` (the four idx files, gzipped or not)
+lfw            ``lfw-a`` (:func:`load_faces`; no download)
+imagenet       ``imagenet`` (:func:`imagenet_folder`; no download)
 =============  =======================================================================
 
 Files are verified once, by checksum, when they are decoded; the decoded split lies in
@@ -32,16 +34,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from natlib.download import obtain
+from natlib.download import DOWNLOADED, obtain
 from natlib.errors import NatlibError
 from natlib.files import locked, read_json, replacing, write_json
-from natlib.formats import LAYOUTS, read
+from natlib.formats import LAYOUTS, read, read_pairs
 
 __all__ = [
+    "Faces",
     "ImageSet",
     "augment",
+    "imagenet_folder",
     "index_batches",
     "load",
+    "load_faces",
     "normalise",
     "partition",
     "roots",
@@ -157,11 +162,16 @@ class _Absent(NatlibError):
     def __init__(self, name: str, why: str) -> None:
         self.why = why
         folders = " or ".join(LAYOUTS[name])
-        super().__init__(
-            f"data set {name!r} cannot be had: {why}. Either set NATLIB_DATA to a folder that "
-            f"holds {folders}, or put that folder under {_DATA}, or run once where the download "
-            "works. dataset='auto' uses CIFAR-10 where it can be had, else Fashion-MNIST."
+        ways = (
+            f"Either set NATLIB_DATA to a folder that holds {folders}, or put that folder under "
+            f"{_DATA}"
         )
+        if name in DOWNLOADED:
+            ways += (
+                ", or run once where the download works. dataset='auto' uses CIFAR-10 where it "
+                "can be had, else Fashion-MNIST"
+            )
+        super().__init__(f"data set {name!r} cannot be had: {why}. {ways}.")
 
 
 def load(name: str = "auto", split: str = "train") -> ImageSet:
@@ -176,9 +186,49 @@ def load(name: str = "auto", split: str = "train") -> ImageSet:
         raise NatlibError(f"split {split!r} is not one of 'train', 'test'")
     if name == "auto":
         name = _auto(os.environ.get("NATLIB_DATA", ""), _DATA)
-    if name not in LAYOUTS:
-        raise NatlibError(f"data set {name!r} is not one of 'auto', {str([*LAYOUTS])[1:-1]}")
+    if name not in DOWNLOADED:
+        raise NatlibError(
+            f"data set {name!r} is not one of 'auto', {str(DOWNLOADED)[1:-1]} (LFW: load_faces, "
+            "ImageNet: natlib.imagenet)"
+        )
     return _decoded(_locate(name), split)
+
+
+@dataclass(frozen=True, eq=False)
+class Faces:
+    """Labeled Faces in the Wild: images, and the pairs on which verification is measured.
+
+    ``images`` are grey, uint8 (13233, 1, 112, 112), the aligned images (LFW-a) around eyes and
+    mouth; their labels are people, ``classes`` the names, ``split`` is "test". ``pairs`` int64
+    (6000, 2) are indexes of images, ``same`` bool (6000,) says whether they show one person,
+    ``fold`` int64 (6000,) is 0 to 9 (no person is in two). Sources: Huang et al., 2007 (View 2);
+    Wolf et al., 2011.
+    """
+
+    images: ImageSet
+    pairs: Tensor
+    same: Tensor
+    fold: Tensor
+
+
+def load_faces() -> Faces:
+    """Return the LFW verification set.
+
+    Raises NatlibError where it cannot be had and for a missing, truncated or altered file.
+    """
+    place = _locate("lfw")
+    images = _decoded(place, "test")
+    pairs, same, fold = (torch.from_numpy(part).long() for part in read_pairs(place.folder))
+    return Faces(images, pairs, same.bool(), fold)
+
+
+def imagenet_folder() -> Path:
+    """Return the folder of ImageNet's images; :mod:`natlib.imagenet` streams them.
+
+    It holds ``train`` and ``val``, each with a folder for each class (torchvision's ImageFolder).
+    Raises NatlibError where it cannot be had.
+    """
+    return _locate("imagenet").folder
 
 
 @cache
@@ -247,13 +297,15 @@ def _decoded(place: _Place, split: str) -> ImageSet:
         # Named by its content, so a file that another process has mapped never changes.
         path = _DATA / "cache" / f"{place.name}-{split}-{images.checksum[:16]}.npy"
         with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.save(stream, np.concatenate([pixels.numpy().reshape(-1), found.labels]))
+            flat = pixels.numpy().reshape(-1), np.ascontiguousarray(found.labels).view(np.uint8)
+            np.save(stream, np.concatenate(flat))
         entry = {
             "folder": str(place.folder),
             "files": {file: _stamp(place.folder / file) for file in found.files},
             "cache": path.name,
             "stamp": _stamp(path),
             "shape": list(pixels.shape),
+            "labels": found.labels.dtype.str,
             "classes": found.classes,
             "source": found.source,
             "checksum": images.checksum,
@@ -276,6 +328,8 @@ def _cached(place: _Place, split: str) -> ImageSet | None:
         changed = (stamp := _stamp(mapped)) != entry["stamp"]
         classes, source, checksum = tuple(entry["classes"]), entry["source"], entry["checksum"]
         moved = entry["folder"] != str(place.folder)
+        # Caches of older versions hold bytes and do not say so.
+        kind = np.dtype(entry.get("labels", "|u1"))
     except (KeyError, TypeError) as error:
         raise NatlibError(f"{path} is corrupt ({error!r}): delete it") from error
     if moved or stamp is None or files != {file: _stamp(place.folder / file) for file in files}:
@@ -283,8 +337,9 @@ def _cached(place: _Place, split: str) -> ImageSet | None:
     try:
         # Mapped copy-on-write: processes share the pages, and none can change the file.
         flat = np.load(mapped, mmap_mode="c", allow_pickle=False)
-        images = torch.from_numpy(flat[: -shape[0]].reshape(shape))
-        labels = torch.from_numpy(flat[-shape[0] :].astype(np.int64))
+        end = len(flat) - shape[0] * kind.itemsize
+        images = torch.from_numpy(flat[:end].reshape(shape))
+        labels = torch.from_numpy(flat[end:].view(kind).astype(np.int64))
         if changed and _checksum(images, labels) != checksum:
             raise ValueError("wrong checksum")
     except (ValueError, TypeError, EOFError) as error:

@@ -86,6 +86,13 @@ class Chart(Figure):
         self.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
 
+    def png(self, dots: float = 200.0) -> bytes:
+        """Return the picture as PNG with ``dots`` to the inch, without date or program name."""
+        style()
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dots, metadata={"Software": None})
+        return buffer.getvalue()
+
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         # As HTML the picture keeps its text alternative wherever the notebook is shown, and can
         # be glued into another page of the book (which takes no SVG).

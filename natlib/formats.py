@@ -1,10 +1,12 @@
 """Readers of the data sets' files: each file is verified by checksum before a byte is used.
 
-Three layouts are read: torchvision's own of CIFAR-10 and CIFAR-100, the idx files of
-Fashion-MNIST, and packed folders (``cifar10-lossless``, ``cifar100-lossless``). A packed folder
-holds ``train.npz`` and ``test.npz``, each with ``webp`` (lossless WebP sheets of 100 images, one
-below the other), ``offsets`` (where each sheet begins and ends), ``labels`` and, where some images
-came from JPEG, their indexes as ``lossy``; and ``classes.json``.
+Four layouts are read: torchvision's own of CIFAR-10 and CIFAR-100, the idx files of
+Fashion-MNIST, and two packed ones. ``cifar10-lossless`` and ``cifar100-lossless`` hold
+``train.npz`` and ``test.npz``, each with ``webp`` (lossless WebP sheets of 100 images, one below
+the other), ``offsets`` (where each sheet begins and ends), ``labels`` and, where some images came
+from JPEG, their indexes as ``lossy``; and ``classes.json``. ``lfw-a`` holds ``lfw_a_112.npz``:
+``images`` (WebP sheets of 10 x 10 grey faces, the last filled up), ``offsets``, ``labels``,
+``people`` (their names), and the verification ``pairs`` with ``same`` and ``fold``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,8 @@ LAYOUTS = {
     "cifar10": ("cifar-10-batches-py", "cifar10-lossless"),
     "cifar100": ("cifar-100-python", "cifar100-lossless"),
     "fashion_mnist": ("FashionMNIST/raw",),
+    "lfw": ("lfw-a",),
+    "imagenet": ("imagenet",),
 }
 # As sha256sum prints it. The idx files are taken after gunzip: Debian compresses the published
 # contents anew, so its gz files differ from torchvision's list.
@@ -42,6 +46,7 @@ f6e06c02bba4942fa52443292b885dabcb637815150ce6ad79505f534a956d5a  cifar100-lossl
 0112c5bf8bd0a80f969c16aaa92dc1bd41d767d617629466f1c3645a9b43f27e  cifar100-lossless/classes.json
 c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888  raw/train-images-idx3-ubyte
 bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9  raw/train-labels-idx1-ubyte
+0bbbdf00537d3de8fbed0dcbe704f3eff36edbc8a62de4aa0b60b93593c8cb6d  lfw-a/lfw_a_112.npz
 5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b  raw/t10k-images-idx3-ubyte
 0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34  raw/t10k-labels-idx1-ubyte
 """
@@ -49,10 +54,10 @@ _SHA256 = {name: digest for digest, name in map(str.split, _SUMS.split("\n")[1:-
 
 
 class Decoded(NamedTuple):
-    """Images (N, C, 32, 32), labels (N,), class names, the source in words, and the files read."""
+    """Images (N, C, H, W), labels (N,), class names, the source in words, and the files read."""
 
     images: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.integer[Any]]
     classes: Sequence[str]
     source: str
     files: Sequence[str]
@@ -63,6 +68,8 @@ def read(name: str, folder: Path, split: str) -> Decoded:
 
     Raises NatlibError, naming the file, for one that is missing, truncated or altered.
     """
+    if name == "lfw":
+        return _read_faces(folder)
     if folder.name.endswith("-lossless"):
         return _read_packed(folder, split)
     return _read_idx(folder, split) if folder.name == "raw" else _read_cifar(name, folder, split)
@@ -112,6 +119,34 @@ def _read_packed(folder: Path, split: str) -> Decoded:
         source += f" ({lossy} of {len(images):,} images decoded from JPEG)"
     names = json.loads(listing)
     return Decoded(images, labels, names.get("classes") or names["fine"], source, files)
+
+
+_FACES, _FACE = "lfw_a_112.npz", 112
+
+
+def _read_faces(folder: Path) -> Decoded:
+    from PIL import Image
+
+    with np.load(io.BytesIO(_verified(folder / _FACES)), allow_pickle=False) as packed:
+        data, labels = packed["images"].tobytes(), packed["labels"]
+        bounds = pairwise(packed["offsets"].tolist())
+        people = packed["people"].tolist()
+    faces = []
+    for start, end in bounds:
+        sheet = np.asarray(Image.open(io.BytesIO(data[start:end])).convert("L"))
+        rows = sheet.reshape(10, _FACE, 10, _FACE).swapaxes(1, 2)
+        faces.append(rows.reshape(-1, 1, _FACE, _FACE))
+    images = np.concatenate(faces)[: len(labels)]
+    return Decoded(images, labels, people, f"packed sheets {folder.name}", [_FACES])
+
+
+def read_pairs(folder: Path) -> tuple[npt.NDArray[np.integer[Any]], ...]:
+    """Return the verification pairs in a folder that ``read`` has verified.
+
+    They are ``pairs`` (P, 2), indexes of images; ``same`` (P,), 1 for one person; ``fold`` (P,).
+    """
+    with np.load(folder / _FACES, allow_pickle=False) as packed:
+        return packed["pairs"], packed["same"], packed["fold"]
 
 
 def _read_cifar(name: str, folder: Path, split: str) -> Decoded:

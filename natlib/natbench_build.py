@@ -22,18 +22,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, median, variance
+from statistics import fmean, variance
 from typing import Any
 
 import torch
 
+from natlib import latency as timing
 from natlib import natbench
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
 from natlib.files import replacing, write_json
 from natlib.macro import MacroConfig
 from natlib.natbench import COLUMNS, FOLDER, RESULTS, SEEDS, SIZE
-from natlib.network import CellNetwork
 from natlib.records import Record, Run, RunStore, Watch, as_json, cpu_model, git_state
 from natlib.train import DataConfig, TrainConfig, accuracy, fit, splits, stream
 
@@ -136,32 +136,10 @@ class _Progress:
 # Latency -----------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def latencies(architectures: Sequence[int], rounds: int = 3, passes: int = 10) -> dict[int, float]:
-    """Median milliseconds of a forward pass of one image, on one thread, of each architecture.
-
-    Processor time, so that other processes on the machine disturb little; the rounds go over all
-    architectures each, so that a slow minute does not meet one of them alone.
-    """
-    macro = TRAINING.macro
-    image = torch.zeros(1, macro.image_channels, macro.image_size, macro.image_size)
-    image = image.contiguous(memory_format=torch.channels_last)
-    times: dict[int, list[float]] = {i: [] for i in architectures}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(rounds):
-            for i, own in times.items():
-                network = CellNetwork(macro, genotype=natbench.genotype(i)).eval()
-                for _ in range(3):
-                    network(image)
-                for _ in range(passes):
-                    started = time.process_time_ns()
-                    network(image)
-                    own.append((time.process_time_ns() - started) / 1e6)
-    finally:
-        torch.set_num_threads(threads)
-    return {i: median(own) for i, own in times.items()}
+    """Median milliseconds of a forward pass of one image, on one thread, of each architecture."""
+    networks = {i: (natbench.genotype(i), TRAINING.macro) for i in architectures}
+    return timing.latencies(networks, rounds, passes)
 
 
 # The table ---------------------------------------------------------------------------------------
@@ -342,7 +320,7 @@ def _span(days: Sequence[str]) -> list[str]:
 def _readme(table: natbench.Table) -> str:
     """The data card in words."""
     card: dict[str, Any] = table.card
-    t, d, m = TRAINING, TRAINING.data, TRAINING.macro
+    t, d, m = TRAINING, TRAINING.data, MACRO
     distinct = len(trainings())
     lines = [
         f"- {v['architectures']} architectures with both seeds, {name}: mean {v['mean']:.1%}; "
@@ -389,6 +367,7 @@ distinct ones are done.
 ## Ask it
 
 ```python
+from natlib import latency as timing
 from natlib import natbench
 
 entry = natbench.query(("sep_conv_3x3", "skip_connect", "max_pool_3x3"))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from natlib.cost import layers_cost
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
-from natlib.macro import MacroConfig, Position
+from natlib.macro import BlockMacro, Layer, Macro, MacroConfig, Position, Shape
 from natlib.operations import (
     BatchNorm,
     Conv,
@@ -38,6 +39,56 @@ def edge_keys(edges: Sequence[Edge]) -> list[str]:
         seen[key] = seen.get(key, 0) + 1
         keys.append(key if seen[key] == 1 else f"{key}_{seen[key]}")
     return keys
+
+
+class _Bias(nn.Module):
+    """What stands in the place of a batch norm in networks that have none."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight[:, None, None]
+
+
+def _relu(macro: Macro) -> Callable[[Tensor], Tensor]:
+    """The rectifier of a network: MobileNetV2's is cut off at 6."""
+    inverted = isinstance(macro, BlockMacro) and macro.block == "inverted"
+    return F.relu6 if inverted else F.relu
+
+
+def _layers(
+    layers: Iterable[Layer], channels: int, macro: Macro, shared: bool
+) -> tuple[nn.Sequential, int]:
+    """Build layers in a row on ``channels`` inputs; return them and their output channels."""
+    modules: list[nn.Module] = []
+    batch_norm = not isinstance(macro, BlockMacro) or macro.batch_norm
+    for layer in layers:
+        k, stride, pad = layer.kernel, layer.stride, layer.padding
+        if layer.kind == "activation":
+            modules.append(nn.ReLU6() if _relu(macro) is F.relu6 else nn.ReLU())
+        elif layer.kind in ("max_pool", "avg_pool"):
+            if k[0] % 2 == 0 and stride[0] == 1:
+                # Even kernels have no centre: one repeated row and column keep the size.
+                modules.append(nn.ReplicationPad2d((0, 1, 0, 1)))
+            modules.append(
+                nn.MaxPool2d(k, stride, pad)
+                if layer.kind == "max_pool"
+                else nn.AvgPool2d(k, stride, pad, count_include_pad=False)
+            )
+        else:
+            wide = layer.kind == "conv"
+            outputs, groups = (layer.channels, 1) if wide else (channels, channels)
+            modules.append(
+                nn.Conv2d(channels, outputs, k, stride, pad, layer.dilation, groups, bias=False)
+            )
+            channels = outputs
+            if layer.norm:
+                # Affine in the supernet too: only stems and heads have such layers there.
+                norm = BatchNorm(channels, shared, affine=True) if batch_norm else _Bias(channels)
+                modules.append(norm)
+    return nn.Sequential(*modules), channels
 
 
 class _InputLayer(nn.Module):
@@ -103,60 +154,83 @@ class Memo:
         """Hold nothing."""
         self._values, self.held = [], 0
 
-    def relu(self, value: _Value) -> _Value:
-        """The ReLU of a value, taken once however many edges use it."""
-        return self.take(partial(F.relu, value.tensor), "relu", value.number)
+    def relu(self, value: _Value, function: Callable[[Tensor], Tensor] = F.relu) -> _Value:
+        """The ReLU of a value, taken once however many edges use it; ``function`` computes it."""
+        return self.take(partial(function, value.tensor), "relu", value.number)
 
 
 class _CellModule(nn.Module):
     """The weights of one cell; which of them a forward pass uses, its ``Cell`` says."""
 
     def __init__(
-        self, place: Position, inputs: tuple[int, int], edges: Sequence[Edge], shared: bool
+        self,
+        macro: Macro,
+        place: Position,
+        inputs: tuple[int, int],
+        edges: Sequence[Edge],
+        shared: bool,
     ) -> None:
         super().__init__()
-        self.place, self.shared = place, shared
+        self.place, self.shared, self.function = place, shared, _relu(macro)
         c = place.channels
+        # A block takes its inputs as they are.
         self.inputs = nn.ModuleList(
             _InputLayer(width, c, halve, shared)
             for width, halve in zip(inputs, (place.halve, False), strict=True)
+            if place.block is None
         )
         self.edges = nn.ModuleDict()
         for key, e in zip(edge_keys(edges), edges, strict=True):
-            module = build(primitive(e.primitive), c, edge_stride(e.source, place.kind), shared)
+            p = primitive(e.primitive)
+            if place.block is None:
+                module = build(p, c, edge_stride(e.source, place.kind), shared)
+            else:
+                layers = place.block.layers(p, e.source, e.target)
+                width = place.block.shape(e.source).channels
+                module = _layers(layers, width, macro, shared)[0] if layers else None
             if module is not None:
                 self.edges[key] = module
 
     def forward(
         self,
-        relus: tuple[_Value, _Value],
+        inputs: tuple[_Value, _Value],
         columns: tuple[Tensor | None, Tensor | None],
         cell: Cell,
         memo: Memo,
+        drop: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[int, _Value]:
-        """Compute the cell's live nodes from the ReLUs of its two inputs."""
+        """Compute the cell's live nodes from the ReLUs of its two inputs, a block's from both.
+
+        ``drop`` is applied to what each edge adds, save where that is a node's value itself.
+        """
         live = cell.live
-        values: dict[int, _Value] = {}
+        values = {} if self.place.block is None else dict(enumerate(inputs))
         for i, layer in enumerate(self.inputs):
             if i in live:
-                compute = partial(layer, relus[i].tensor, columns[i])
-                values[i] = memo.take(compute, layer, relus[i].number)
+                compute = partial(layer, inputs[i].tensor, columns[i])
+                values[i] = memo.take(compute, layer, inputs[i].number)
         for node, group in enumerate(cell.in_edges, INPUTS):
             if node not in live:
                 continue
             total: _Value | None = None
-            for key, e in zip(edge_keys(group), group, strict=True):
+            for place, (key, e) in enumerate(zip(edge_keys(group), group, strict=True)):
                 if e.primitive == "null":
                     continue
                 if self.shared:
                     key = f"{e.source}_{e.target}_{e.primitive}"
                 term = self._edge(key, e, values[e.source], memo)
+                if drop is not None and key in self.edges:
+                    # Numbered by its place in the cell: equal edges are dropped each for itself.
+                    term = memo.take(partial(drop, term.tensor), self, "drop", node, place)
                 if total is None:
                     total = term
                 else:
                     add = partial(torch.add, total.tensor, term.tensor)
                     total = memo.take(add, "sum", total.number, term.number)
-            values[node] = total or memo.take(partial(self._zero, relus[1].tensor), self, "zero")
+            if total is None:
+                zero = partial(self._zero, inputs[1].tensor, node)
+                total = memo.take(zero, self, "zero", self.place.block and node)
+            values[node] = total
         return values
 
     def _edge(self, key: str, e: Edge, source: _Value, memo: Memo) -> _Value:
@@ -165,30 +239,38 @@ class _CellModule(nn.Module):
             self._require(key, e)
             return source
         p, module = primitive(e.primitive), self.edges[key]
-        if takes_relu(p):
-            source = memo.relu(source)
-        # Pools have no weights: those of one node are one.
-        pool = p.kind in ("max_pool", "avg_pool")
+        if takes_relu(p) and (self.place.block is None or e.source >= INPUTS):
+            source = memo.relu(source, self.function)
+        # Pools have no weights: those of one node are one, save in blocks, whose nodes differ.
+        pool = self.place.block is None and p.kind in ("max_pool", "avg_pool")
         what: Hashable = (self, e.source < INPUTS, e.primitive) if pool else module
         return memo.take(partial(module, source.tensor), what, source.number)
 
     def _require(self, key: str, e: Edge) -> None:
         """Refuse an edge that this network holds no weights for (a stride-1 skip needs none)."""
-        if e.primitive != "skip_connect" or edge_stride(e.source, self.place.kind) == 2:
+        block = self.place.block
+        if block is not None:
+            identity = block.shape(e.source) == block.shape(e.target)
+        else:
+            identity = edge_stride(e.source, self.place.kind) == 1
+        if e.primitive != "skip_connect" or not identity:
             raise NatlibError(
                 f"this network has no weights for edge {key}; a supernet takes the primitives and "
                 "nodes it was built with, a standalone network its own genotype"
             )
 
-    def _zero(self, like: Tensor) -> Tensor:
+    def _zero(self, like: Tensor, node: int) -> Tensor:
         """The value of a node all of whose incoming edges are null."""
         side = -(-like.shape[2] // 2) if self.place.kind == "reduce" else like.shape[2]
         shape = (like.shape[0], self.place.channels, side, side)
+        if self.place.block is not None:
+            end = self.place.block.shape(node)
+            shape = (like.shape[0], end.channels, end.size, end.size)
         return like.new_zeros(shape).contiguous(memory_format=torch.channels_last)
 
 
 class CellNetwork(nn.Module):
-    """Stem, stacked cells, global pooling, linear classifier; supernet or standalone.
+    """Stem, stacked cells, head, linear classifier; supernet or standalone.
 
     A supernet (``nodes`` and ``primitives`` given) holds every primitive on every possible edge
     and takes the genotype with each forward pass; a standalone network (``genotype`` given) holds
@@ -200,16 +282,22 @@ class CellNetwork(nn.Module):
     ``generator``, or from one of seed 0 (uniform Kaiming as PyTorch's layers). ``device``
     "meta" builds without memory. Input layers and classifier of a supernet hold columns for each
     of ``nodes`` nodes; a genotype's concat picks among them.
+
+    ``auxiliary`` adds DARTS's second classifier behind the last reduction cell, see
+    ``with_auxiliary``. ``drop_path``, an attribute, is the probability with which what an edge adds
+    is dropped for an image in training. Hand-crafted networks (``BlockMacro``) are standalone and
+    neither shared nor with an auxiliary head.
     """
 
     def __init__(
         self,
-        macro: MacroConfig,
+        macro: Macro,
         *,
         genotype: Genotype | None = None,
         nodes: int | None = None,
         primitives: Sequence[str] | None = None,
         shared: bool | None = None,
+        auxiliary: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -223,6 +311,19 @@ class CellNetwork(nn.Module):
             )
         self.macro, self.genotype, self.nodes = macro, genotype, nodes
         self.shared = genotype is None if shared is None else shared
+        self.drop_path = 0.0
+        if isinstance(macro, BlockMacro):
+            if genotype is None or self.shared:
+                raise NatlibError(
+                    "a hand-crafted network is standalone: give a genotype, and no shared batch "
+                    "norms"
+                )
+            macro.require(genotype)
+        self.auxiliary_behind: int | None = None
+        if auxiliary:
+            if genotype is None or isinstance(macro, BlockMacro):
+                raise NatlibError("only a standalone DARTS-style network has an auxiliary head")
+            self.auxiliary_behind = macro.reductions[-1]
         edges: dict[str, Sequence[Edge]]
         if genotype is not None:
             edges = {name: cell.edges for name, cell in genotype.cells}
@@ -238,20 +339,62 @@ class CellNetwork(nn.Module):
             edges = {"normal": every, "reduce": every}
             outputs = {"normal": nodes, "reduce": nodes}
         with torch.device("meta"):
+            before, last = self._build_stem(macro)
+            cells = []
+            for i, place in enumerate(macro.positions()):
+                own = edges[place.kind]
+                cells.append(_CellModule(macro, place, (before, last), own, self.shared))
+                before, last = last, place.channels * outputs[place.kind]
+                if i == self.auxiliary_behind:
+                    behind = Shape(last, place.size // 2)
+            self.cells = nn.ModuleList(cells)
+            self.hidden = nn.ModuleList()
+            if isinstance(macro, BlockMacro):
+                last = self._build_head(macro)
+            self.classifier = nn.Linear(last, macro.classes)
+            if self.auxiliary_behind is not None:
+                self._build_auxiliary(macro, behind)
+        self.to_empty(device=device)
+        self.reset(generator)
+        self.to(memory_format=torch.channels_last)
+
+    def _build_stem(self, macro: Macro) -> tuple[int, int]:
+        """Build the layers before the cells; return the channels of the first cell's inputs."""
+        if isinstance(macro, MacroConfig):
             width = macro.stem * macro.channels
             self.stem = Conv(macro.image_channels, width, (3, 3))
             # Affine in the supernet too, as released: it has 15,024,550 parameters at 20 channels.
             self.stem_bn = BatchNorm(width, self.shared, affine=True)
-            before = last = width
-            cells = []
-            for place in macro.positions():
-                cells.append(_CellModule(place, (before, last), edges[place.kind], self.shared))
-                before, last = last, place.channels * outputs[place.kind]
-            self.cells = nn.ModuleList(cells)
-            self.classifier = nn.Linear(last, macro.classes)
-        self.to_empty(device=device)
-        self.reset(generator)
-        self.to(memory_format=torch.channels_last)
+            return width, width
+        self.stems = nn.ModuleList()
+        widths = [macro.image_channels]
+        for layers in macro.stems:
+            stem, width = _layers(layers, widths[-1], macro, self.shared)
+            self.stems.append(stem)
+            widths.append(width)
+        return widths[1], widths[-1]
+
+    def _build_head(self, macro: BlockMacro) -> int:
+        """Build the layers behind the blocks; return the inputs of the classifier."""
+        start = macro.last
+        self.head, last = _layers(macro.head, start.channels, macro, False)
+        if macro.hidden:
+            last *= layers_cost(macro.head, start)[1].size ** 2
+        for width in macro.hidden:
+            self.hidden.append(nn.Linear(last, width))
+            last = width
+        return last
+
+    def _build_auxiliary(self, macro: Macro, start: Shape) -> None:
+        """Build the second classifier on the output of the last reduction cell."""
+        assert not isinstance(macro, BlockMacro)
+        end = layers_cost(macro.auxiliary, start)[1]
+        if end.size < 1:
+            raise NatlibError(
+                f"image_size = {macro.image_size}; an auxiliary head needs larger images"
+            )
+        self.auxiliary, width = _layers(macro.auxiliary, start.channels, macro, False)
+        self.auxiliary_classifier = nn.Linear(width * end.size**2, macro.classes)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None) -> None:
@@ -260,53 +403,140 @@ class CellNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, BatchNorm):
                 module.reset()
+            elif isinstance(module, _Bias):
+                module.weight.zero_()
         for name, weight in self.named_parameters():
             if weight.device.type == "meta":
                 continue
             if weight.ndim > 1:
                 bound = 1 / math.sqrt(weight[0].numel())
                 weight.uniform_(-bound, bound, generator=generator)
-            elif name == "classifier.bias":
-                bound = 1 / math.sqrt(self.classifier.in_features)
-                weight.uniform_(-bound, bound, generator=generator)
+            elif name.endswith(".bias"):
+                layer = self.get_submodule(name.removesuffix(".bias"))
+                if isinstance(layer, nn.Linear):
+                    bound = 1 / math.sqrt(layer.in_features)
+                    weight.uniform_(-bound, bound, generator=generator)
 
     def forward(
-        self, images: Tensor, genotype: Genotype | None = None, memo: Memo | None = None
+        self,
+        images: Tensor,
+        genotype: Genotype | None = None,
+        memo: Memo | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Compute logits (B, classes); a supernet needs the genotype to run.
 
         ``memo`` keeps values for other genotypes on the same images; the logits are bitwise the
-        same with and without. Raises NatlibError if a supernet gets none, or one with nodes or
-        primitives it lacks.
+        same with and without. ``generator`` draws what ``drop_path`` drops. Raises NatlibError if a
+        supernet gets no genotype, or one with nodes or primitives it lacks, and if paths are to be
+        dropped without a generator, or with a memo.
         """
+        return self._run(images, genotype, memo, generator, False)[0]
+
+    def with_auxiliary(
+        self,
+        images: Tensor,
+        genotype: Genotype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the logits of both classifiers, (B, classes) each; errors as in ``forward``."""
+        if self.auxiliary_behind is None:
+            raise NatlibError("this network was built without an auxiliary head")
+        return self._run(images, genotype, None, generator, True)
+
+    def _run(
+        self,
+        images: Tensor,
+        genotype: Genotype | None,
+        memo: Memo | None,
+        generator: torch.Generator | None,
+        auxiliary: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the logits and, if asked for, the auxiliary ones (else the logits again)."""
         run = genotype if genotype is not None else self.genotype
         if run is None:
             raise NatlibError("a supernet needs a genotype to run")
         self._require_nodes(run)
+        drop = self._drop(generator)
+        if drop is not None and memo is not None:
+            raise NatlibError(f"drop_path = {self.drop_path} leaves nothing for a memo to keep")
         # Values of a single genotype are of use within a cell only.
         kept = memo is not None
         memo = memo or Memo(math.inf)
         memo.depth = 0
-        stem = memo.take(lambda: self.stem_bn(self.stem(images)), "stem")
-        relus = (memo.relu(stem),) * 2
+        inputs = self._stem(images, memo)
         columns: tuple[Tensor | None, Tensor | None] = (None, None)
+        second = None
         for i, module in enumerate(self.cells):
             assert isinstance(module, _CellModule)
             cell = run.reduce if module.place.kind == "reduce" else run.normal
             if not kept:
                 memo.forget()
             memo.depth = i
-            values = module(relus, columns, cell, memo)
+            values = module(inputs, columns, cell, memo, drop)
+            if module.place.block is not None:
+                inputs = (inputs[1], self._block_output(values[cell.concat[0]], memo))
+                continue
             columns = (columns[1], self._columns(cell, module.place.channels, images.device))
-            if module is not self.cells[-1]:
+            at_auxiliary = auxiliary and i == self.auxiliary_behind
+            if at_auxiliary or module is not self.cells[-1]:
                 # The next cells read the output through a ReLU: that of a concatenation is the
                 # concatenation of the nodes' ReLUs, most of which the edges needed anyway.
                 parts = [memo.relu(values[n]) for n in cell.concat]
                 compute = partial(cat, [p.tensor for p in parts])
                 numbers = tuple(p.number for p in parts)
-                relus = (relus[1], memo.take(compute, "cat", cell.concat, numbers))
-        pooled = torch.cat([values[n].tensor.mean((2, 3)) for n in cell.concat], 1)
-        return F.linear(pooled, pick(self.classifier.weight, columns[1]), self.classifier.bias)
+                inputs = (inputs[1], memo.take(compute, "cat", cell.concat, numbers))
+            if at_auxiliary:
+                features = self.auxiliary(inputs[1].tensor).flatten(1)
+                second = self.auxiliary_classifier(features)
+        if isinstance(self.macro, BlockMacro):
+            logits = self._classified(inputs[1].tensor)
+        else:
+            pooled = torch.cat([values[n].tensor.mean((2, 3)) for n in cell.concat], 1)
+            weight = pick(self.classifier.weight, columns[1])
+            logits = F.linear(pooled, weight, self.classifier.bias)
+        return logits, logits if second is None else second
+
+    def _stem(self, images: Tensor, memo: Memo) -> tuple[_Value, _Value]:
+        """What the first cell reads: rectified for cells, as it is for blocks."""
+        if isinstance(self.macro, MacroConfig):
+            x = memo.relu(memo.take(lambda: self.stem_bn(self.stem(images)), "stem"))
+            return x, x
+        outputs = [memo.take(partial(self.stems[0], images), "stem")]
+        for stem in self.stems[1:]:
+            outputs.append(memo.take(partial(stem, outputs[-1].tensor), stem, outputs[-1].number))
+        first, last = outputs[0], outputs[-1]
+        if isinstance(self.macro, BlockMacro):
+            return first, last
+        return memo.relu(first), memo.relu(last)
+
+    def _block_output(self, x: _Value, memo: Memo) -> _Value:
+        """What a block hands on: rectified, save in inverted residuals."""
+        assert isinstance(self.macro, BlockMacro)
+        return x if self.macro.block == "inverted" else memo.relu(x)
+
+    def _classified(self, x: Tensor) -> Tensor:
+        """Head and classifier of a hand-crafted network."""
+        x = self.head(x)
+        x = x.flatten(1) if self.hidden else x.mean((2, 3))
+        for layer in self.hidden:
+            x = F.relu(layer(x))
+        logits: Tensor = self.classifier(x)
+        return logits
+
+    def _drop(self, generator: torch.Generator | None) -> Callable[[Tensor], Tensor] | None:
+        """A function that drops its argument for some images and scales it up for the others."""
+        if not self.training or self.drop_path == 0:
+            return None
+        if generator is None:
+            raise NatlibError(f"drop_path = {self.drop_path} needs a generator in training")
+        keep = 1 - self.drop_path
+
+        def drop(x: Tensor) -> Tensor:
+            kept = torch.rand(x.shape[0], 1, 1, 1, generator=generator) < keep
+            return x * (kept.to(x.device, x.dtype) / keep)
+
+        return drop
 
     def _require_nodes(self, genotype: Genotype) -> None:
         """Refuse a genotype with more nodes than this supernet has."""
@@ -342,7 +572,7 @@ class CellNetwork(nn.Module):
         columns: list[Tensor | None] = [None, None]
         for place in self.macro.positions():
             cell = run.reduce if place.kind == "reduce" else run.normal
-            columns.append(supernet._columns(cell, place.channels, self.stem.weight.device))
+            columns.append(supernet._columns(cell, place.channels, self.classifier.weight.device))
         for name, weight in self.named_parameters():
             parts = name.split(".")
             if parts[0] == "cells" and parts[2] == "edges":

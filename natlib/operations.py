@@ -252,6 +252,11 @@ def depthwise_weight_gradient(grad: Tensor, x: Tensor, k: int, stride: int) -> T
     return F.pad(out, (spare[0], spare[0], spare[1], spare[1])) if any(spare) else out
 
 
+def traced() -> bool:
+    """Whether an exporter or compiler reads the operations: it gets plain ones, without detours."""
+    return torch.compiler.is_compiling()
+
+
 class DilatedDepthwise(nn.Module):
     """Depthwise convolution of dilation 2, computed as plain ones on phase images.
 
@@ -268,6 +273,8 @@ class DilatedDepthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
+        if traced():
+            return F.conv2d(x, self.weight, None, self.stride, 2 * self.pad, 2, c)
         if self.stride == 2:
             return depthwise(phases(x, 0)[0], self.weight)
         if h % 2 or w % 2:
@@ -301,6 +308,8 @@ class _Phases(torch.autograd.Function):
 
 def phases(x: Tensor, *starts: int) -> tuple[Tensor, ...]:
     """Every second pixel of each axis, from each start (0 or 1) on, dense in channels-last."""
+    if traced():
+        return tuple(x[:, :, k::2, k::2] for k in starts)
     apply: Callable[..., tuple[Tensor, ...]] = _Phases.apply
     return apply(x, *starts)
 
@@ -410,6 +419,8 @@ def average_pool(x: Tensor, k: int, stride: int) -> Tensor:
     a CPU in channels-last memory.
     """
     c, pad = x.shape[1], k // 2
+    if traced():
+        return F.avg_pool2d(x, k, stride, pad, count_include_pad=False)
     weight, share = _average_weights(c, k, x.shape[2], x.shape[3], stride, x.dtype, x.device)
     return F.conv2d(x, weight, None, stride, pad, 1, c) * share
 
@@ -432,7 +443,7 @@ def max_pool(x: Tensor, k: int, stride: int) -> Tensor:
     Without gradients on a CPU it is taken along one axis at a time, which is several times faster
     than the built-in in channels-last memory.
     """
-    if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+    if x.device.type != "cpu" or traced() or (torch.is_grad_enabled() and x.requires_grad):
         return F.max_pool2d(x, k, stride, k // 2)
     nhwc = x.permute(0, 2, 3, 1)
     for axis in (1, 2):
@@ -473,5 +484,7 @@ def cat(parts: list[Tensor]) -> Tensor:
     """Concatenate along channels; see ``DenseCat``."""
     if len(parts) == 1:
         return parts[0]
+    if traced():
+        return torch.cat(parts, 1)
     apply: Callable[..., Tensor] = DenseCat.apply
     return apply(*parts)

@@ -148,6 +148,17 @@ NAT_PRIMITIVES: tuple[str, ...] = (
 )  # fmt: skip
 """Names of the nine primitives of NAT's fully-concat space (NeurIPS 2019)."""
 
+ENAS_PRIMITIVES: tuple[str, ...] = (
+    "skip_connect", "sep_conv_3x3", "sep_conv_5x5", "avg_pool_3x3", "max_pool_3x3",
+)  # fmt: skip
+"""Names of the five primitives of ENAS's cells (Pham et al., 2018, Sec. 2.4)."""
+
+NAO_PRIMITIVES: tuple[str, ...] = (
+    "skip_connect", "conv_1x1", "conv_3x3", "conv_1x3_3x1", "conv_1x7_7x1", "max_pool_2x2",
+    "max_pool_3x3", "max_pool_5x5", "avg_pool_2x2", "avg_pool_3x3", "avg_pool_5x5",
+)  # fmt: skip
+"""Names of the eleven primitives of NAONet's cells (Luo et al., 2018)."""
+
 
 def primitive(name: str) -> Primitive:
     """Look a primitive up by name, e.g. ``primitive("sep_conv_3x3")``.

@@ -32,6 +32,7 @@ from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from natlib import sources
@@ -428,14 +429,24 @@ class RunStore:
             return record
 
 
+ADDED_LATER: Mapping[str, bool] = MappingProxyType({"added later": True})
+"""Metadata of a dataclass field that configurations of older records did not have."""
+
+
 def as_json(value: Any) -> Any:
     """Return ``value`` as plain JSON data: a dataclass becomes a dict with its name under "type".
 
     Allowed: dataclasses, mappings with string keys, sequences, enums, strings, booleans, whole and
-    finite numbers, None. Raises NatlibError for anything else.
+    finite numbers, None. A field with ``metadata=ADDED_LATER`` is left out while it holds its
+    default, so that a configuration may grow and old records are still found. Raises NatlibError
+    for anything else.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        named = {f.name: as_json(getattr(value, f.name)) for f in fields(value)}
+        named = {
+            f.name: as_json(getattr(value, f.name))
+            for f in fields(value)
+            if not (f.metadata.get("added later") and getattr(value, f.name) == f.default)
+        }
         return {"type": type(value).__qualname__, **named}
     if isinstance(value, enum.Enum):
         return as_json(value.value)

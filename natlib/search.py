@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from natlib import data
+from natlib.budget import Budget
 from natlib.cost import Cost, network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
-from natlib.macro import MacroConfig
+from natlib.macro import Macro, MacroConfig
 from natlib.network import CellNetwork
 from natlib.policy import (
     Architecture,
@@ -26,7 +27,7 @@ from natlib.policy import (
     build_logits,
 )
 from natlib.primitives import PRIMITIVES
-from natlib.records import Record, Run, RunStore
+from natlib.records import ADDED_LATER, Record, Run, RunStore
 from natlib.train import (
     DataConfig,
     Part,
@@ -46,14 +47,22 @@ from natlib.transitions import by_name
 class SpaceConfig:
     """The architectures p(beta) draws from, uniformly.
 
-    ``nodes``: allowed numbers of intermediate nodes of a cell; each node has two incoming edges
-    from any earlier nodes; each edge any of ``primitives``. A share ``loose_ends`` of the
-    genotypes concatenates only nodes without outgoing edge (ENAS, VGG), the rest all nodes (DARTS).
+    ``nodes``: allowed numbers of intermediate nodes of a cell; ``degrees``: of incoming edges of a
+    node, from any earlier nodes; each edge carries any of ``primitives``. A share ``loose_ends`` of
+    the genotypes concatenates only nodes without outgoing edge (ENAS, VGG), the rest all nodes
+    (DARTS). ENAS's own space is ``SpaceConfig((5,), ENAS_PRIMITIVES, loose_ends=1.0)``.
     """
 
     nodes: tuple[int, ...] = (4,)
     primitives: tuple[str, ...] = PRIMITIVES
     loose_ends: float = 0.0
+    degrees: tuple[int, ...] = field(default=(2,), metadata=ADDED_LATER)
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "degrees"):
+            numbers = getattr(self, name)
+            if not numbers or min(numbers) < 1:
+                raise NatlibError(f"{name} = {numbers}; it must hold numbers above 0")
 
     def sample(self, generator: torch.Generator) -> Genotype:
         """Draw a genotype."""
@@ -66,10 +75,15 @@ class SpaceConfig:
         edges = tuple(
             Edge(_below(t, generator), t, self.primitives[_below(len(self.primitives), generator)])
             for t in everyone
-            for _ in range(2)
+            for _ in range(self._degree(generator))
         )
         used = {e.source for e in edges}
         return Cell(edges, tuple(n for n in everyone if n not in used) if loose else everyone)
+
+    def _degree(self, generator: torch.Generator) -> int:
+        if len(self.degrees) == 1:
+            return self.degrees[0]
+        return self.degrees[_below(len(self.degrees), generator)]
 
 
 def _below(n: int, generator: torch.Generator) -> int:
@@ -434,24 +448,26 @@ def derive(
     genotype: Genotype,
     samples: int,
     score: Callable[[Sequence[Genotype]], list[float]],
-    macro: MacroConfig,
+    macro: Macro,
     generator: torch.Generator,
-    budget: Cost | None = None,
+    budget: Budget | Cost | None = None,
 ) -> Derived:
     """Sample rewritings, drop those over budget, keep the one with the best validation score.
 
     The input itself is always a candidate (the published search forgets it), so the result never
-    scores below it. ``budget`` defaults to the input's params and MAdds. Source: NAT, Sec. 4.3 (10
-    samples); the authors' code selects on test data, here ``score`` must use validation data.
+    scores below it. ``budget`` defaults to the input's params and MAdds, counted in ``macro``,
+    be it the supernet's or that of the network to be trained. Source: NAT, Sec. 4.3 (10 samples);
+    the authors' code selects on test data, here ``score`` must use validation data.
     Raises NatlibError if the input itself is over a given budget and no candidate is within it.
     """
-    limit = network_cost(genotype, macro) if budget is None else budget
+    given = network_cost(genotype, macro) if budget is None else budget
+    limit = Budget.of(given) if isinstance(given, Cost) else given
     with torch.no_grad():
         sampled = policy.sample([genotype] * samples, generator).genotypes if samples else []
     distinct = dict.fromkeys([genotype, *sampled])
-    within = [g for g in distinct if network_cost(g, macro).within(limit)]
+    within = [g for g in distinct if limit.allows(g, macro)]
     if not within:
-        raise NatlibError(f"none of {len(distinct)} candidates is within the budget {limit}")
+        raise NatlibError(f"none of {len(distinct)} candidates is within the budget {given}")
     candidates = list(zip(within, score(within), strict=True))
     best, value = max(candidates, key=lambda pair: pair[1])
     return Derived(best, value, candidates, len(distinct) - len(within))
@@ -544,7 +560,8 @@ def measure_gain(run: Run) -> dict[str, Any]:
 class DeriveConfig:
     """Derivation of named genotypes by trained policies, by one supernet.
 
-    Results are named after rules: raises NatlibError on two policies of one rule.
+    Results are named after rules: raises NatlibError on two policies of one rule. ``budget`` holds
+    for all of them, None allows each what its input costs.
     """
 
     supernet: SupernetConfig
@@ -553,6 +570,7 @@ class DeriveConfig:
     genotypes: tuple[tuple[str, Genotype], ...]
     samples: int
     seed: int
+    budget: Budget | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _require_distinct_rules(self.policies)
@@ -588,7 +606,7 @@ def derive_many(run: Run) -> dict[str, Any]:
         before = network_cost(genotype, macro)
         for rule, policy in policies:
             generator = stream(config.seed, "derive", name, rule)
-            found = derive(policy, genotype, config.samples, score, macro, generator)
+            found = derive(policy, genotype, config.samples, score, macro, generator, config.budget)
             after = network_cost(found.genotype, macro)
             old, new = known(reports, parts.report, [genotype, found.genotype])
             result[name][rule] = {

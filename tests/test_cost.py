@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from natlib.cost import Cost, cell_cost, network_cost
 from natlib.genotype import Cell, Edge, Genotype
-from natlib.macro import MacroConfig
+from natlib.macro import ImageNetMacro, MacroConfig
 from natlib.network import CellNetwork, parameter_count
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 from natlib.zoo import ZOO
@@ -30,12 +30,42 @@ def test_network_cost_equals_the_recorded_one(row: dict[str, str]) -> None:
     assert network_cost(ZOO[row["genotype"]], macro) == expected
 
 
+PUBLISHED = {"CIFAR-10": MacroConfig(36, 20), "ImageNet": ImageNetMacro(48, 14)}
+ZOO_ROWS = list(csv.DictReader((GOLDEN.parent / "zoo_costs.csv").open()))
+
+
+def test_the_golden_file_has_every_genotype_in_both_networks() -> None:
+    assert [(r["genotype"], r["dataset"]) for r in ZOO_ROWS] == [
+        (n, d) for n in ZOO for d in PUBLISHED
+    ]
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_costs_of_the_zoo_equal_the_recorded_ones(dataset: str) -> None:
+    macro = PUBLISHED[dataset]
+    found = {n: network_cost(g, macro) for n, g in ZOO.items()}
+    recorded = {
+        r["genotype"]: Cost(int(r["params"]), int(r["madds"]))
+        for r in ZOO_ROWS
+        if r["dataset"] == dataset
+    }
+    assert found == recorded
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_formula_is_what_a_published_genotype_computes_on_imagenet(name: str) -> None:
+    macro = ImageNetMacro(48, 5)
+    found, formula = counted(ZOO[name], macro), network_cost(ZOO[name], macro)
+    assert found.params == formula.params
+    assert found.madds == formula.madds if all_runs(ZOO[name]) else found.madds < formula.madds
+
+
 def test_the_published_supernet_has_15_024_550_parameters() -> None:
     network = CellNetwork(MacroConfig(20, 8), nodes=4, primitives=PRIMITIVES, device="meta")
     assert parameter_count(network.parameters()) == 15_024_550
 
 
-def counted(genotype: Genotype, macro: MacroConfig) -> Cost:
+def counted(genotype: Genotype, macro: MacroConfig | ImageNetMacro) -> Cost:
     """Count parameters and the multiply-adds of a run on the meta device, pooling left out."""
     network = CellNetwork(macro, genotype=genotype, device="meta")
     image = torch.empty(2, macro.image_channels, macro.image_size, macro.image_size, device="meta")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,12 @@ from natlib.data import (
     augment,
     index_batches,
     load,
+    load_faces,
     normalise,
     partition,
     statistics,
 )
+from natlib.data import imagenet_folder as folder_of
 
 REPOSITORY = Path(data.__file__).resolve().parent.parent
 REAL_ROOT = os.environ.get("NATLIB_DATA", "")
@@ -86,6 +89,33 @@ def make_packed(root: Path, patch: pytest.MonkeyPatch, name: str = "cifar10") ->
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         patch.setitem(formats._SHA256, f"{folder.name}/{file.name}", digest)
     return pixels(200, 32, 32, 3, seed=0).transpose(0, 3, 1, 2)
+
+
+def make_faces(root: Path, patch: pytest.MonkeyPatch) -> np.ndarray:
+    """Write 103 faces of 60 people, two sheets, with checksums that natlib knows; return them."""
+    (root / "lfw-a").mkdir(parents=True)
+    faces = pixels(200, 112, 112)
+    faces[103:] = 0
+    sheets = []
+    for sheet in np.split(faces, 2):
+        stream, rows = io.BytesIO(), sheet.reshape(10, 10, 112, 112).swapaxes(1, 2)
+        Image.fromarray(rows.reshape(1120, 1120)).save(stream, "webp", lossless=True)
+        sheets.append(stream.getvalue())
+    pairs = np.array([[0, 60], [1, 102], [2, 62], [3, 4]], np.int32)
+    np.savez(
+        root / "lfw-a" / "lfw_a_112.npz",
+        images=np.frombuffer(b"".join(sheets), np.uint8),
+        offsets=np.cumsum([0, *map(len, sheets)]),
+        # More people than a byte counts.
+        labels=(np.arange(103) % 60 + 300).astype(np.int16),
+        people=np.array([f"person {i}" for i in range(360)]),
+        pairs=pairs,
+        same=np.array([1, 0, 1, 0], np.uint8),
+        fold=np.array([0, 0, 1, 1], np.uint8),
+    )
+    digest = hashlib.sha256((root / "lfw-a" / "lfw_a_112.npz").read_bytes()).hexdigest()
+    patch.setitem(formats._SHA256, "lfw-a/lfw_a_112.npz", digest)
+    return faces[:103, None]
 
 
 def make_idx(root: Path, patch: pytest.MonkeyPatch, packed: bool = True) -> np.ndarray:
@@ -212,7 +242,47 @@ def test_what_is_not_offered_is_refused_with_what_is() -> None:
         load("cifar10", "val")
 
 
+def test_faces_come_with_their_pairs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make_faces(home, monkeypatch)
+    # Decoded, then from the cache.
+    for faces in (load_faces(), load_faces()):
+        assert np.array_equal(faces.images.images.numpy(), expected)
+        assert faces.images.labels.tolist() == [i % 60 + 300 for i in range(103)]
+        assert faces.images.classes[359] == "person 359" and faces.images.name == "lfw"
+        assert faces.pairs.tolist() == [[0, 60], [1, 102], [2, 62], [3, 4]]
+        assert faces.same.tolist() == [True, False, True, False]
+        assert faces.fold.tolist() == [0, 0, 1, 1]
+        left, right = faces.images.labels[faces.pairs].T
+        assert torch.equal(left == right, faces.same)
+
+
+def test_sets_without_a_download_say_where_to_put_them(online: Path) -> None:
+    for name, folder, get in (("lfw", "lfw-a", load_faces), ("imagenet", "imagenet", folder_of)):
+        with pytest.raises(NatlibError) as caught:
+            get()
+        assert str(caught.value) == (
+            f"data set '{name}' cannot be had: not in data/; torchvision has no download of it. "
+            f"Either set NATLIB_DATA to a folder that holds {folder}, or put that folder under "
+            f"{online}."
+        )
+        with pytest.raises(NatlibError, match=rf"'{name}' is not one of .*load_faces.*imagenet"):
+            load(name)
+    (online / "imagenet").mkdir()
+    assert folder_of() == online / "imagenet"
+
+
+def test_a_cache_of_an_older_version_is_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_packed(home, monkeypatch)
+    first, file = load("cifar10"), home / "cache" / "cifar10-train.json"
+    entry = json.loads(file.read_text())
+    assert entry.pop("labels") == "|u1"
+    file.write_text(json.dumps(entry))
+    monkeypatch.setattr(data, "read", no_reading)
+    assert torch.equal(load("cifar10").labels, first.labels)
+
+
 MAKERS = {
+    "lfw-a/lfw_a_112.npz": make_faces,
     "cifar10-lossless/train.npz": make_packed,
     "cifar10-lossless/classes.json": make_packed,
     "cifar-10-batches-py/data_batch_3": make_published,
@@ -239,15 +309,16 @@ def test_a_bad_file_is_named_and_left_as_it_is(
     home: Path, monkeypatch: pytest.MonkeyPatch, file: str, how: str, before: bool
 ) -> None:
     name = "fashion_mnist" if "Fashion" in file else "cifar10"
+    get = load_faces if "lfw" in file else partial(load, name)
     MAKERS[file](home, monkeypatch)
     if not before:
-        load(name)
+        get()
     damage(home / file, how)
     left = (home / file).read_bytes() if how != "missing" else None
     # "auto" may not walk past a broken CIFAR-10 either.
-    for asked in (name, "auto"):
+    for again in (get, get if "lfw" in file else load):
         with pytest.raises(NatlibError, match=file) as caught:
-            load(asked)
+            again()
         assert ("is missing" if how == "missing" else "truncated or altered") in str(caught.value)
     assert ((home / file).read_bytes() if (home / file).exists() else None) == left
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from natlib import NatlibError
+from natlib.cost import auxiliary_cost, network_cost
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
-from natlib.macro import MacroConfig
+from natlib.macro import ImageNetMacro, MacroConfig
 from natlib.network import CellNetwork, Memo, edge_keys, parameter_count
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 from natlib.search import SpaceConfig, random_policy
@@ -444,3 +445,106 @@ def test_what_was_computed_is_not_computed_again(monkeypatch: pytest.MonkeyPatch
     # Stem, the cell before the first reduction, and that cell's other edges are there already.
     again = len(calls) - alone - first
     assert 0 < again < 0.8 * alone
+
+
+# --- ImageNet, auxiliary head, dropped paths -----------------------------------------------------
+
+IMAGENET = ImageNetMacro(channels=4, cells=5, classes=3, image_size=32)
+
+
+def test_an_imagenet_network_starts_behind_its_stem_as_one_without_would() -> None:
+    """Cells, input layers and classifier are those of the network for small images."""
+    network = standalone(ZOO["DARTS"], IMAGENET).eval()
+    x = images(3, IMAGENET)  # type: ignore[arg-type]
+    first, second = network.stems
+    at_quarter = first(x)
+    at_eighth = second(at_quarter)
+    assert at_quarter.shape == (3, 4, 8, 8) and at_eighth.shape == (3, 4, 4, 4)
+    relus = (at_quarter.relu(), at_eighth.relu())
+    for module in network.cells:
+        cell = getattr(ZOO["DARTS"], module.place.kind)  # type: ignore[union-attr]
+        memo = Memo()
+        inputs = tuple(memo.take(partial(torch.clone, x), "in", n) for n, x in enumerate(relus))
+        values = module(inputs, (None, None), cell, memo)
+        out = torch.cat([values[n].tensor for n in cell.concat], 1)
+        relus = (relus[1], out.relu())
+    torch.testing.assert_close(network(x), network.classifier(out.mean((2, 3))))
+
+
+def test_an_imagenet_supernet_runs_and_hands_its_weights_on() -> None:
+    shared = CellNetwork(IMAGENET, nodes=4, primitives=PRIMITIVES, generator=generator()).double()
+    alone = standalone(ZOO["VGG"], IMAGENET, shared=True)
+    alone.copy_from(shared)
+    x = images(3, IMAGENET)  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(alone(x), shared(x, ZOO["VGG"]))
+
+
+@pytest.mark.parametrize("macro", [MacroConfig(4, 5, 3), ImageNetMacro(4, 5, 3)])
+@pytest.mark.parametrize("name", ["DARTS", "VGG", "ENAS"])
+def test_the_auxiliary_head_costs_what_the_formula_says(
+    macro: MacroConfig | ImageNetMacro, name: str
+) -> None:
+    with_head = CellNetwork(macro, genotype=ZOO[name], auxiliary=True, device="meta")
+    without = CellNetwork(macro, genotype=ZOO[name], device="meta")
+    extra = parameter_count(with_head.parameters()) - parameter_count(without.parameters())
+    assert extra == auxiliary_cost(ZOO[name], macro).params
+    assert network_cost(ZOO[name], macro).params == parameter_count(without.parameters())
+
+
+def test_the_auxiliary_head_reads_the_last_reduction_and_leaves_the_logits_alone() -> None:
+    macro = MacroConfig(4, 5, classes=3)
+    network = standalone(ZOO["DARTS"], macro, auxiliary=True)
+    without = standalone(ZOO["DARTS"], macro)
+    x = images(4, macro)
+    logits, second = network.with_auxiliary(x)
+    assert second.shape == logits.shape == (4, 3)
+    torch.testing.assert_close(logits, without(x))
+    gradients = torch.autograd.grad(second.square().sum(), list(network.parameters()),
+                                    allow_unused=True)  # fmt: skip
+    reached = {n for (n, _), g in zip(network.named_parameters(), gradients, strict=True)
+               if g is not None}  # fmt: skip
+    assert {n.split(".")[1] for n in reached if n.startswith("cells.")} == {"0", "1", "2", "3"}
+    assert not [n for n in reached if n.startswith("classifier")]
+
+
+def test_networks_that_cannot_have_an_auxiliary_head_say_so() -> None:
+    with pytest.raises(NatlibError, match="standalone"):
+        CellNetwork(MACRO, nodes=4, primitives=PRIMITIVES, auxiliary=True)
+    with pytest.raises(NatlibError, match="image_size = 8"):
+        standalone(ZOO["DARTS"], MACRO, auxiliary=True)
+    with pytest.raises(NatlibError, match="without an auxiliary head"):
+        standalone(ZOO["DARTS"]).with_auxiliary(images())
+
+
+def test_dropped_paths_are_those_the_generator_draws_and_only_in_training() -> None:
+    network = standalone(ZOO["DARTS"])
+    plain = network(images())
+    network.drop_path = 0.5
+    with pytest.raises(NatlibError, match=r"drop_path = 0\.5 needs a generator"):
+        network(images())
+    with pytest.raises(NatlibError, match=r"drop_path = 0\.5 leaves nothing for a memo"):
+        network(images(), memo=Memo(), generator=generator())
+    one, same, other = (network(images(), generator=generator(s)) for s in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other) and not torch.equal(one, plain)
+    network.eval()
+    evaluated = network(images())
+    network.drop_path = 0.0
+    assert torch.equal(network(images()), evaluated)
+
+
+def test_a_dropped_path_is_left_out_for_the_whole_image_and_the_others_scaled_up() -> None:
+    cell = Cell((Edge(0, 2, "null"), Edge(1, 2, "conv_1x1")), (2,))
+    macro = MacroConfig(4, 1, classes=3, image_size=8)
+    network = standalone(Genotype(cell, cell), macro)
+    bias = network.classifier.bias.detach()
+    x = images(40, macro)
+    with torch.no_grad():
+        plain = network(x)
+        network.drop_path = 0.25
+        logits = network(x, generator=generator())
+    kept = (torch.rand(40, 1, 1, 1, generator=generator()) < 0.75).flatten()
+    assert 0 < kept.sum() < 40
+    torch.testing.assert_close(logits[~kept], bias.expand(int((~kept).sum()), 3))
+    torch.testing.assert_close(logits[kept] - bias, (plain[kept] - bias) / 0.75)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import shutil
@@ -8,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from natlib import NatlibError, data, search
 from natlib.cost import Cost, network_cost
 from natlib.genotype import INPUTS, Genotype
 from natlib.macro import MacroConfig
+from natlib.network import CellNetwork
 from natlib.policy import (
     GCNConfig,
     GCNLogits,
@@ -28,8 +29,14 @@ from natlib.policy import (
     UniformLogits,
     build_logits,
 )
-from natlib.primitives import NAT_PRIMITIVES, PRIMITIVES
-from natlib.records import Record, RunStore
+from natlib.primitives import (
+    ALL_PRIMITIVES,
+    ENAS_PRIMITIVES,
+    NAO_PRIMITIVES,
+    NAT_PRIMITIVES,
+    PRIMITIVES,
+)
+from natlib.records import Record, RunStore, as_json
 from natlib.search import (
     DeriveConfig,
     GainConfig,
@@ -57,7 +64,7 @@ from natlib.train import accuracy, splits, stream
 from natlib.transitions import RULES, by_name, edge_stride
 from natlib.zoo import ZOO
 from tests.made import DATA, load, resumed_equals_uninterrupted, run, same
-from tests.strategies import generator, genotypes, macros, random_genotypes
+from tests.strategies import generator, genotypes, luck, lucks, macros, random_genotypes
 
 MACRO = MacroConfig(channels=4, cells=3, classes=4, image_size=8)
 SPACE = SpaceConfig((2,))
@@ -137,6 +144,45 @@ def test_the_space_may_have_several_sizes_other_primitives_and_loose_ends() -> N
             assert cell.concat in (everyone, ends)
         loose += any(len(c.concat) < c.nodes for _, c in g.cells)
     assert 100 < loose < 200
+
+
+def test_the_space_may_have_other_numbers_of_incoming_edges() -> None:
+    draw = generator()
+    drawn = [SpaceConfig((3,), degrees=(1, 3)).sample(draw) for _ in range(300)]
+    groups = [group for g in drawn for _, c in g.cells for group in c.in_edges]
+    ones = sum(len(group) == 1 for group in groups)
+    assert {len(group) for group in groups} == {1, 3}
+    assert abs(ones - len(groups) / 2) < 5 * math.sqrt(len(groups)) / 2
+    # A policy and a supernet take them; records of the space with two edges are still found.
+    policy = Policy(GCNLogits(13, GCNConfig(8, 16, 12, degree=3), draw), by_name("natpp"))
+    after = policy.sample(drawn, draw).genotypes
+    assert all(policy.transitions.violations(b, a) == [] for b, a in zip(drawn, after, strict=True))
+    supernet = CellNetwork(MACRO, nodes=3, primitives=PRIMITIVES)
+    side = MACRO.image_size
+    assert supernet(torch.zeros(2, 3, side, side), after[0]).shape == (2, MACRO.classes)
+    assert "degrees" not in as_json(SpaceConfig()) and "degrees" in as_json(
+        SpaceConfig(degrees=(3,))
+    )
+
+
+@pytest.mark.parametrize("bad", [{"nodes": ()}, {"nodes": (0,)}, {"degrees": (2, 0)}])
+def test_spaces_without_nodes_or_edges_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(NatlibError, match=rf"{next(iter(bad))} = .* must hold numbers above 0"):
+        SpaceConfig(**bad)
+
+
+def test_enas_and_nao_have_spaces_of_their_own() -> None:
+    draw = generator()
+    enas = SpaceConfig((5,), ENAS_PRIMITIVES, loose_ends=1.0)
+    nao = SpaceConfig((5,), NAO_PRIMITIVES, loose_ends=1.0)
+    # The published cells lie in these spaces: the same nodes, primitives and concat.
+    for space, published in ((enas, ZOO["ENAS"]), (nao, ZOO["NAONet"])):
+        for g in (published, *(space.sample(draw) for _ in range(20))):
+            assert set(g.primitives) <= set(space.primitives)
+            for _, cell in g.cells:
+                used = {e.source for e in cell.edges}
+                assert cell.nodes == 5 and all(len(group) == 2 for group in cell.in_edges)
+                assert set(cell.concat) == {n for n in range(2, 7) if n not in used}
 
 
 def test_drawing_follows_its_generator() -> None:
@@ -608,15 +654,6 @@ def test_sources_that_do_not_occur_have_rows_of_zeros() -> None:
 # --- derive ------------------------------------------------------------------------------------
 
 
-def luck(genotype: Genotype) -> float:
-    """A score that depends on the genotype only, in a way nobody can guess."""
-    return hashlib.sha256(repr(genotype).encode()).digest()[0] / 256
-
-
-def lucks(genotypes: Sequence[Genotype]) -> list[float]:
-    return [luck(g) for g in genotypes]
-
-
 @settings(max_examples=60)
 @given(
     genotypes(PRIMITIVES), st.sampled_from(sorted(RULES)), macros,
@@ -705,6 +742,37 @@ def test_published_cells_of_any_shape_can_be_derived_from(name: str) -> None:
     for (_, a), (_, b) in zip(ZOO[name].cells, found.genotype.cells, strict=True):
         assert a.concat == b.concat
     assert len(found.candidates) > 1
+
+
+def test_a_policy_of_four_node_cells_rewrites_published_cells_of_five() -> None:
+    """Over all primitives, NAONet's too: trained to save parameters, it does so where unseen."""
+    macro = MacroConfig(channels=8, cells=3, image_size=8)
+
+    def reward(before: Sequence[Genotype], after: Sequence[Genotype]) -> list[float]:
+        return [
+            1 - network_cost(a, macro).params / network_cost(b, macro).params
+            for b, a in zip(before, after, strict=True)
+        ]
+
+    draw, rule = generator(), by_name("natpp", ALL_PRIMITIVES)
+    space = SpaceConfig((4,), ALL_PRIMITIVES)
+    policy = Policy(GCNLogits(len(ALL_PRIMITIVES), GCNConfig(16, 64, 32), draw), rule)
+    assert isinstance(policy.logits, nn.Module)
+    unseen = [ZOO[name] for name in ("NAONet", "ENAS", "DARTS", "VGG")]
+    uniform = Policy(UniformLogits(len(ALL_PRIMITIVES)), rule)
+    chance = [fmean(reward([g] * 100, uniform.sample([g] * 100, draw).genotypes)) for g in unseen]
+    optimizer = torch.optim.Adam(policy.logits.parameters(), lr=1e-2, betas=(0.5, 0.999))
+    baseline = None
+    for _ in range(60):
+        inputs = [space.sample(draw) for _ in range(16)]
+        out = policy_step(policy, optimizer, inputs, 1, reward, baseline, 0.01, 0.9, draw)
+        baseline = out["baseline"]
+    found = policy.most_likely(unseen)
+    for g, after, saved, by_chance in zip(
+        unseen, found, reward(unseen, found), chance, strict=True
+    ):
+        assert rule.violations(g, after) == []
+        assert saved > by_chance + 0.05
 
 
 def test_deriving_touches_no_global_random_state() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from natlib import NatlibError, data
 from natlib.cost import network_cost
 from natlib.genotype import Genotype
-from natlib.macro import MacroConfig
+from natlib.macro import ACTIVATION, BLOCKS, BlockMacro, MacroConfig, Stage, conv
 from natlib.network import CellNetwork
+from natlib.records import as_json
 from natlib.train import (
     DataConfig,
     TrainConfig,
@@ -118,6 +120,79 @@ def test_sizes_that_the_data_set_has_not() -> None:
         splits(replace(DATA, test=41))
     with pytest.raises(NatlibError, match="auto"):
         DataConfig("auto", 8, 1, 1, 1, 1)
+
+
+# --- what regularises training ------------------------------------------------------------------
+
+REGULARISED = replace(
+    CONFIG, macro=replace(MACRO, image_size=32), data=replace(DATA, image_size=32), epochs=2,
+    drop_path=0.4, auxiliary=0.4, smoothing=0.1,
+)  # fmt: skip
+
+
+def test_added_settings_leave_old_keys_as_they_were() -> None:
+    assert not {"drop_path", "auxiliary", "smoothing"} & set(as_json(CONFIG))
+    added = as_json(replace(CONFIG, drop_path=0.2))
+    assert {k: v for k, v in added.items() if k != "drop_path"} == as_json(CONFIG)
+    assert added["drop_path"] == 0.2
+
+
+@pytest.fixture
+def larger_images(made_images: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made images at 32 x 32, for an auxiliary head needs some size."""
+
+    def load(name: str, split: str) -> data.ImageSet:
+        small = made.load(name, split)
+        large = small.images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return replace(small, images=large, checksum="")
+
+    monkeypatch.setattr(data, "load", load)
+
+
+@pytest.mark.usefixtures("larger_images")
+def test_regularised_training_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    record = resumed_equals_uninterrupted(tmp_path, "train", REGULARISED, train_standalone, (4,))
+    plain = replace(REGULARISED, drop_path=0.0, auxiliary=0.0, smoothing=0.0)
+    weaker = replace(REGULARISED, smoothing=0.0)
+    others = [run(tmp_path / "others", "train", c, train_standalone) for c in (plain, weaker)]
+    # Both of the added losses are positive, so the sum is above cross entropy alone.
+    assert record.result["losses"][0] > others[0].result["losses"][0]
+    assert record.result["losses"] != others[1].result["losses"]
+    assert record.result["params"] == others[0].result["params"]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_hand_crafted_network_trains_and_resumes_too(tmp_path: Path, block: str) -> None:
+    stages = (Stage(8, 2), Stage(16, 1, 2))
+    macro = BlockMacro(block, stages, (conv(8, 3), ACTIVATION), classes=4, image_size=8)
+    config = replace(CONFIG, macro=macro, genotype=ZOO["NAT_MobileNetv2"], lr=0.1, drop_path=0.2)
+    record = resumed_equals_uninterrupted(tmp_path, "train", config, train_standalone, (4,))
+    assert record.result["losses"][-1] < record.result["losses"][0]
+    assert record.result["params"] == network_cost(config.genotype, macro).params
+
+
+def test_paths_are_dropped_more_and_more_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    forward = CellNetwork.forward
+
+    def watched(self: CellNetwork, *inputs: Any, **options: Any) -> Tensor:
+        if self.training:
+            seen.append(self.drop_path)
+        return forward(self, *inputs, **options)
+
+    monkeypatch.setattr(CellNetwork, "forward", watched)
+    run(tmp_path, "train", replace(CONFIG, epochs=4, drop_path=0.4), train_standalone)
+    assert list(dict.fromkeys(seen)) == [0.0, 0.1, 0.2, pytest.approx(0.3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [("drop_path", 1.0), ("drop_path", -0.1), ("smoothing", 1), ("auxiliary", -1)]
+)
+def test_settings_that_cannot_be_are_named(name: str, bad: float) -> None:
+    with pytest.raises(NatlibError, match=f"{name} = {bad}"):
+        replace(CONFIG, **{name: bad})  # type: ignore[arg-type]
 
 
 # --- accuracy ------------------------------------------------------------------------------------

@@ -106,6 +106,45 @@ def test_cost_safe_never_makes_an_edge_dearer_and_forbids_nothing_of_natpp_that_
             assert dearer, (s, t)
 
 
+NAONETS = {
+    "conv_1x7_7x1": {
+        "conv_7x1_1x7", "conv_5x5", "conv_3x3", "conv_1x3_3x1", "conv_1x1", "sep_conv_5x5",
+        "sep_conv_3x3", "dil_conv_5x5", "dil_conv_3x3", "max_pool_5x5", "avg_pool_5x5",
+        "max_pool_3x3", "avg_pool_3x3", "max_pool_2x2", "avg_pool_2x2", "skip_connect", "null",
+    },
+    "conv_1x3_3x1": {
+        "conv_3x3", "conv_1x1", "sep_conv_3x3", "dil_conv_3x3", "max_pool_3x3", "avg_pool_3x3",
+        "max_pool_2x2", "avg_pool_2x2", "skip_connect", "null",
+    },
+    "avg_pool_2x2": {"max_pool_2x2", "skip_connect", "null"},
+    "max_pool_2x2": {"avg_pool_2x2", "skip_connect", "null"},
+}  # fmt: skip
+"""What may take the place of NAONet's own primitives: a kernel counts by its longer side."""
+
+
+def test_what_holds_for_naonets_primitives() -> None:
+    rule, safe = natpp(ALL_PRIMITIVES), natpp_cost_safe(ALL_PRIMITIVES)
+    dearer = {
+        ("conv_1x3_3x1", "conv_3x3"), ("conv_1x7_7x1", "conv_5x5"), ("conv_7x1_1x7", "conv_5x5"),
+    }  # fmt: skip
+    cheaper = {("conv_5x5", "conv_1x7_7x1"), ("conv_5x5", "conv_7x1_1x7")}
+    for stride in STRIDES:
+        pairs = rule.pairs(stride)
+        assert len(pairs) == 154
+        for source, targets in NAONETS.items():
+            assert {t for s, t in pairs if s == source} == targets | {source}
+        # A factorized convolution is cheaper than the square one of a shorter side.
+        raising = {p for p in pairs if raises_cost(primitive(p[0]), primitive(p[1]), stride)}
+        assert {(s, t) for s, t in raising if t != "skip_connect"} == dearer
+        assert not dearer & safe.pairs(stride)
+        assert not cheaper & pairs and cheaper <= safe.pairs(stride)
+    # NAT keeps, or goes to skip or null, whatever the primitive.
+    for name in NAONETS:
+        assert {t for s, t in nat(ALL_PRIMITIVES).pairs() if s == name} == {
+            name, "skip_connect", "null"
+        }  # fmt: skip
+
+
 @given(genotypes(ALL_PRIMITIVES, degrees=(1, 2, 3)), macros, st.data())
 def test_cost_safe_rewritings_never_cost_more(
     genotype: Genotype, macro: MacroConfig, data: st.DataObject
