@@ -171,7 +171,8 @@ def interval_table(
         if len(_numbers(values, "values")) < 2:
             return "–"
         i = interval(values)
-        return f"{100 * i.mean:.{digits}f} ± {100 * (i.high - i.mean):.{digits}f}"
+        # Not to be broken over lines.
+        return f"{100 * i.mean:.{digits}f}\u00a0±\u00a0{100 * (i.high - i.mean):.{digits}f}"
 
     table = [
         {first: name, **{column: cell(values) for column, values in columns.items()}}

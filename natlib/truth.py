@@ -429,8 +429,8 @@ def study(run: Run) -> dict[str, Any]:
     Returns, if there are ``methods``, accuracies of the "input"; and for each method what ``judge``
     says of its samples; of policies also ``looked_at``, the share of the space whose accuracy
     training used; of trained ones also the same of their most likely rewriting (``argmax_gain``,
-    ...; the input where it costs more) and ``accepted``, how likely a draw from the softmax over all primitives is allowed; of the
-    one that is pictured, its ``plane``.
+    ...; the input where it costs more) and ``accepted``, how likely a draw from the softmax over
+    all primitives is allowed; of the one that is pictured, its ``plane``.
     """
     config: TruthConfig = run.config
     space = tabular.load(config.space)

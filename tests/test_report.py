@@ -424,8 +424,8 @@ def test_tables_and_words_of_values_by_seed() -> None:
     half = report.interval(values).high - 0.12
     frame = report.interval_table({"a": {"x": values, "y": []}, "b": {"x": [0.5], "y": values}})
     assert list(frame.columns) == ["method", "x", "y"]
-    assert frame.x.tolist() == [f"12.00 ± {100 * half:.2f}", "–"]
-    assert frame.y.tolist() == ["–", f"12.00 ± {100 * half:.2f}"]
+    assert frame.x.tolist() == [f"12.00\u00a0±\u00a0{100 * half:.2f}", "–"]
+    assert frame.y.tolist() == ["–", f"12.00\u00a0±\u00a0{100 * half:.2f}"]
     assert report.measured(values).startswith("+12.0 [")
     assert "n =" not in report.measured(values)
     assert report.measured([]) == "– (not measured)"
