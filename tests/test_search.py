@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from natlib import NatlibError, data, search
+from natlib import NatlibError, data, handcrafted, search
 from natlib.cost import Cost, network_cost
 from natlib.genotype import INPUTS, Genotype
 from natlib.macro import MacroConfig
@@ -744,7 +744,7 @@ def test_published_cells_of_any_shape_can_be_derived_from(name: str) -> None:
     assert len(found.candidates) > 1
 
 
-def test_a_policy_of_four_node_cells_rewrites_published_cells_of_five() -> None:
+def test_a_policy_of_four_node_cells_rewrites_other_cells_and_hand_crafted_networks() -> None:
     """Over all primitives, NAONet's too: trained to save parameters, it does so where unseen."""
     macro = MacroConfig(channels=8, cells=3, image_size=8)
 
@@ -773,6 +773,11 @@ def test_a_policy_of_four_node_cells_rewrites_published_cells_of_five() -> None:
     ):
         assert rule.violations(g, after) == []
         assert saved > by_chance + 0.05
+    for name in ("VGG16", "ResNet20", "MobileNetV2"):
+        original, own = handcrafted.ORIGINALS[name], handcrafted.macro(name, "CIFAR-10")
+        (after,) = policy.most_likely([original])
+        assert rule.violations(original, after) == []
+        assert network_cost(after, own).params < 0.9 * network_cost(original, own).params
 
 
 def test_deriving_touches_no_global_random_state() -> None:
