@@ -111,16 +111,17 @@ def _numbers(values: ArrayLike, what: str) -> NDArray[np.float64]:
 
 
 def interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Return the mean with Student's t interval.
+    """Return the mean with Student's t interval; that of a single value has no bounds (NaN).
 
-    Raises NatlibError on fewer than two values, on any that is not finite, and on a confidence
-    outside (0, 1).
+    Raises NatlibError on no values, on any that is not finite, and on a confidence outside (0, 1).
     """
     numbers = _numbers(values, "values")
     if not 0 < confidence < 1:
         raise NatlibError(f"confidence {confidence} is not between 0 and 1")
-    if len(numbers) < 2:
-        raise NatlibError(f"an interval needs at least two values, got {len(numbers)}")
+    if len(numbers) == 0:
+        raise NatlibError("an interval needs at least one value, got none")
+    if len(numbers) == 1:
+        return Interval(float(numbers[0]), math.nan, math.nan, 1, math.nan, confidence)
     mean, sd = float(numbers.mean()), float(numbers.std(ddof=1))
     half = float(stats.t.ppf((1 + confidence) / 2, len(numbers) - 1)) * sd / len(numbers) ** 0.5
     return Interval(mean, mean - half, mean + half, len(numbers), sd, confidence)
@@ -129,7 +130,7 @@ def interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
 def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
     """Return the interval of ``b - a``, pair by pair: positive means that ``b`` is larger.
 
-    Raises NatlibError unless both hold the same number (two or more) of finite values.
+    Raises NatlibError unless both hold the same number (one or more) of finite values.
     """
     first, second = _numbers(a, "a"), _numbers(b, "b")
     if len(first) != len(second):
@@ -142,13 +143,16 @@ def format_interval(
 ) -> str:
     """Write an interval as ``+1.5 [0.9, 2.1] (n = 200)``; ``percent`` multiplies by 100.
 
-    Without ``counted`` the n is left out, for tables that say it once.
+    A single value has no bounds to write. Without ``counted`` the n is left out, for tables that
+    say it once.
     """
     scale = 100.0 if percent else 1.0
     # Adding 0.0 turns a negative zero into zero.
     mean, low, high = (round(v * scale, digits) + 0.0 for v in (i.mean, i.low, i.high))
     sign = "+" if signed else ""
-    text = f"{mean:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    text = f"{mean:{sign}.{digits}f}"
+    if i.n > 1:
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
     return f"{text} (n = {i.n})" if counted else text
 
 
@@ -197,12 +201,7 @@ def mean_change(before: ArrayLike, after: ArrayLike) -> str:
 
     Raises NatlibError if the lengths differ.
     """
-    a, b = _numbers(before, "before"), _numbers(after, "after")
-    if len(a) != len(b):
-        raise NatlibError(f"pairs need equal lengths, got {len(a)} and {len(b)}")
-    if len(a) == 1:
-        return f"{100 * (b[0] - a[0]) + 0.0:+.1f} (n = 1)"
-    return format_interval(paired_difference(a, b))
+    return format_interval(paired_difference(before, after))
 
 
 @dataclass(frozen=True)

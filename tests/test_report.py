@@ -183,8 +183,7 @@ def test_paired_difference_is_of_the_pairs_and_changes_sign(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1.0], "at least two"),
-        ([], "at least two"),
+        ([], "at least one"),
         ([1.0, math.nan], "finite"),
         ([[1, 2]], "flat"),
     ],
@@ -192,6 +191,16 @@ def test_paired_difference_is_of_the_pairs_and_changes_sign(
 def test_interval_refuses_what_has_none(values: list[float], message: str) -> None:
     with pytest.raises(NatlibError, match=message):
         report.interval(values)
+
+
+def test_a_single_value_has_no_bounds_and_decides_nothing() -> None:
+    one = report.paired_difference([0.5], [0.52])
+    assert (one.n, one.mean) == (1, pytest.approx(0.02))
+    assert math.isnan(one.low) and math.isnan(one.high)
+    assert report.format_interval(one) == report.mean_change([0.5], [0.52]) == "+2.0 (n = 1)"
+    claim = report.Claim("a", "b", "c", one)
+    assert claim.verdict == "cannot be decided at this scale"
+    assert "NAT +2.0 (n = 1)." in report.plot_intervals({"NAT": one}, "points").alt
 
 
 def test_pairs_need_equal_lengths_and_confidence_a_share() -> None:
