@@ -105,11 +105,14 @@ def counts(rows: Iterable[PrintedCost]) -> dict[str, int]:
 
 
 def table(
-    rows: Iterable[PrintedCost], latency: Mapping[str, float] | None = None
+    rows: Iterable[PrintedCost],
+    latency: Mapping[str, float] | None = None,
+    notes: Mapping[str, int] | None = None,
 ) -> list[dict[str, str | float | None]]:
     """Rows for a data frame: printed and our costs in millions, and ours less the printed ones.
 
-    ``latency`` maps labels to milliseconds; None leaves the column out.
+    ``latency`` maps labels to milliseconds, ``notes`` explanations to their numbers; None leaves
+    the column out.
     """
     found: list[dict[str, str | float | None]] = []
     for r in rows:
@@ -129,8 +132,17 @@ def table(
             )
         if latency is not None:
             line["latency (ms)"] = latency.get(r.label)
-        found.append(line | {"verdict": r.verdict, "why": r.explanation or None})
+        line["verdict"] = r.verdict
+        if notes is not None:
+            line["note"] = str(notes[r.explanation]) if r.explanation else None
+        found.append(line)
     return found
+
+
+def number_notes(rows: Iterable[PrintedCost]) -> dict[str, int]:
+    """Number the explanations of rows from 1, each once, in the order in which they first stand."""
+    distinct = dict.fromkeys(r.explanation for r in rows if r.explanation)
+    return {text: number for number, text in enumerate(distinct, 1)}
 
 
 def printed_costs(folder: Path = PAPER) -> list[PrintedCost]:

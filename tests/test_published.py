@@ -17,7 +17,9 @@ from natlib.published import (
     PAPER,
     PrintedCost,
     counts,
+    number_notes,
     printed_costs,
+    table,
 )
 from natlib.report import load_reported
 from natlib.zoo import ZOO
@@ -121,3 +123,22 @@ def test_latencies_are_of_each_network() -> None:
 def test_no_pass_has_no_median(rounds: int, passes: int) -> None:
     with pytest.raises(NatlibError, match=f"rounds = {rounds}, passes = {passes}"):
         latencies({}, rounds, passes)
+
+
+def test_the_table_refers_to_each_explanation_once() -> None:
+    rows = printed_costs()
+    notes = number_notes(rows)
+    assert list(notes.values()) == list(range(1, len(notes) + 1))
+    lines = table(rows, {rows[0].label: 1.5}, notes)
+    assert lines[0]["latency (ms)"] == 1.5 and lines[1]["latency (ms)"] is None
+    for row, line in zip(rows, lines, strict=True):
+        assert line["verdict"] == row.verdict
+        assert (line["note"] is None) == (row.verdict == EQUAL)
+        assert line["note"] is None or notes[row.explanation] == int(str(line["note"]))
+        if row.cost is None:
+            assert line["params (M), ours"] is line["params, difference"] is None
+        elif row.params:
+            ours = row.cost.params / 1e6
+            assert line["params (M), ours"] == ours
+            assert line["params, difference"] == ours - float(row.params)
+    assert "note" not in table(rows)[0] and "latency (ms)" not in table(rows)[0]
