@@ -69,7 +69,7 @@ def _frame_cost(normal: int, reduce: int, macro: Macro) -> Cost:
     total, shape = Cost(), Shape(macro.image_channels, macro.image_size)
     widths = []
     for stem in macro.stems:
-        cost, shape = layers_cost(stem, shape, _batch_norm(macro))
+        cost, shape = layers_cost(stem, shape, macro.batch_norm)
         total += cost
         widths.append(shape.channels)
     before, last = widths[0], widths[-1]
@@ -89,10 +89,6 @@ def _frame_cost(normal: int, reduce: int, macro: Macro) -> Cost:
     for inputs, outputs in pairwise(linear):
         total += Cost(inputs * outputs + outputs, inputs * outputs)
     return total
-
-
-def _batch_norm(macro: Macro) -> bool:
-    return not isinstance(macro, BlockMacro) or macro.batch_norm
 
 
 def network_cost(genotype: Genotype, macro: Macro) -> Cost:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Genotype
@@ -188,6 +189,7 @@ class MacroConfig:
     image_size: int = 32
     image_channels: int = 3
     stem: int = 3
+    batch_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_whole(self, "channels", "cells", "classes", "image_size", "image_channels", "stem")
@@ -240,6 +242,7 @@ class ImageNetMacro:
     classes: int = 1000
     image_size: int = 224
     image_channels: int = 3
+    batch_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_whole(self, "channels", "cells", "classes", "image_size", "image_channels")
@@ -339,10 +342,8 @@ class BlockMacro:
             _require_whole(stage, "channels", "blocks", "expansion")
             if stage.stride not in (1, 2):
                 raise NatlibError(f"stride = {stage.stride!r} of a stage; it must be 1 or 2")
-        strides = [s for layer in (*self.stem, *self.head) for s in layer.stride[:1]]
-        factor = 1
-        for stride in [*strides, *(stage.stride for stage in self.stages)]:
-            factor *= stride
+        layers = (layer.stride[0] for layer in (*self.stem, *self.head))
+        factor = math.prod((*layers, *(stage.stride for stage in self.stages)))
         if self.image_size % factor:
             raise NatlibError(
                 f"image_size = {self.image_size}; the strides of this network need a multiple of "
@@ -403,4 +404,5 @@ class BlockMacro:
 
 
 Macro = MacroConfig | ImageNetMacro | BlockMacro
-"""What networks and costs take: each has ``stems``, ``positions()``, classes and image."""
+"""What networks and costs take: each has ``stems``, ``positions()``, ``batch_norm``, classes
+and image."""

@@ -367,7 +367,6 @@ distinct ones are done.
 ## Ask it
 
 ```python
-from natlib import latency as timing
 from natlib import natbench
 
 entry = natbench.query(("sep_conv_3x3", "skip_connect", "max_pool_3x3"))

@@ -63,7 +63,6 @@ def _layers(
 ) -> tuple[nn.Sequential, int]:
     """Build layers in a row on ``channels`` inputs; return them and their output channels."""
     modules: list[nn.Module] = []
-    batch_norm = not isinstance(macro, BlockMacro) or macro.batch_norm
     for layer in layers:
         k, stride, pad = layer.kernel, layer.stride, layer.padding
         if layer.kind == "activation":
@@ -86,8 +85,11 @@ def _layers(
             channels = outputs
             if layer.norm:
                 # Affine in the supernet too: only stems and heads have such layers there.
-                norm = BatchNorm(channels, shared, affine=True) if batch_norm else _Bias(channels)
-                modules.append(norm)
+                modules.append(
+                    BatchNorm(channels, shared, affine=True)
+                    if macro.batch_norm
+                    else _Bias(channels)
+                )
     return nn.Sequential(*modules), channels
 
 

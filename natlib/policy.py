@@ -39,6 +39,18 @@ def bm_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     return bm_log_softmax(logits, mask).exp()
 
 
+def draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one index for each row of log-probabilities: (..., K) to int64 (...)."""
+    p = log_probabilities.detach().exp()
+    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+
+
+def entropy_terms(log_probabilities: Tensor) -> Tensor:
+    """Return -p log p (nats), elementwise: 0 where p is 0, in the gradient as well."""
+    p = log_probabilities.exp()
+    return -(p * log_probabilities.masked_fill(torch.isinf(log_probabilities), 0))
+
+
 @dataclass(frozen=True)
 class CellBatch:
     """Cells as index tensors: B cells, N intermediate nodes, D incoming edges a node, padded.
@@ -189,6 +201,28 @@ class GCNConfig:
             raise NatlibError(f"graph {self.graph!r} is not one of 'both', 'residual', 'released'")
 
 
+@torch.no_grad()
+def _draw_weights(
+    network: nn.Module,
+    embeddings: tuple[str, ...],
+    gain: float,
+    generator: torch.Generator | None,
+) -> None:
+    """Draw embeddings normally, matrices uniformly with variance gain / 3 / inputs, biases as 0."""
+    generator = generator or torch.Generator().manual_seed(0)
+    for name, weight in network.named_parameters():
+        if name.startswith(embeddings):
+            weight.normal_(generator=generator)
+        elif weight.ndim > 1:
+            bound = math.sqrt(gain / weight.shape[1])
+            if name.startswith("head"):
+                # Start near the uniform policy: the first rollouts explore.
+                bound *= 0.05
+            weight.uniform_(-bound, bound, generator=generator)
+        else:
+            weight.zero_()
+
+
 class GCNLogits(nn.Module):
     """Two graph convolutions over a cell, then K logits for each incoming edge of a node.
 
@@ -211,19 +245,7 @@ class GCNLogits(nn.Module):
             self.second = nn.Linear(config.hidden, config.hidden, bias=False)
             self.head = nn.Linear(config.hidden, d * primitives)
         self.to_empty(device="cpu")
-        generator = generator or torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, weight in self.named_parameters():
-                if name.startswith(("edge", "input", "kind")):
-                    weight.normal_(generator=generator)
-                elif weight.ndim > 1:
-                    bound = math.sqrt(6 / weight.shape[1])
-                    if name.startswith("head"):
-                        # Start near the uniform policy: the first rollouts explore.
-                        bound *= 0.05
-                    weight.uniform_(-bound, bound, generator=generator)
-                else:
-                    weight.zero_()
+        _draw_weights(self, ("edge", "input", "kind"), 6.0, generator)
 
     def adjacency(self, batch: CellBatch) -> Tensor:
         """Matrix (B, N + 2, N + 2) whose row mixes what a node receives."""
@@ -339,19 +361,7 @@ class LSTMLogits(nn.Module):
             )
             self.head = nn.Linear(2 * config.hidden, primitives)
         self.to_empty(device="cpu")
-        generator = generator or torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, weight in self.named_parameters():
-                if name.startswith(("edge", "kind")):
-                    weight.normal_(generator=generator)
-                elif weight.ndim > 1:
-                    bound = math.sqrt(3 / weight.shape[1])
-                    if name.startswith("head"):
-                        # Start near the uniform policy: the first rollouts explore.
-                        bound *= 0.05
-                    weight.uniform_(-bound, bound, generator=generator)
-                else:
-                    weight.zero_()
+        _draw_weights(self, ("edge", "kind"), 3.0, generator)
 
     def forward(self, batch: CellBatch) -> Tensor:
         """Compute logits (B, N, D, K); those of padding mean nothing."""
@@ -412,9 +422,7 @@ class Policy:
         """Sample one rewriting of each genotype; ``encoded`` saves encoding them again."""
         batch = encoded or self.encode(genotypes)
         logp = self.log_probabilities(batch)
-        flat = logp.detach().exp().flatten(0, 2)
-        actions = torch.multinomial(flat, 1, generator=generator).view(batch.primitives.shape)
-        return self._rollout(genotypes, batch, logp, actions)
+        return self._rollout(genotypes, batch, logp, draw(logp, generator))
 
     def most_likely(self, genotypes: Sequence[Genotype]) -> list[Genotype]:
         """Return the argmax rewriting of each genotype (the paper's Maximum-GCN)."""
@@ -426,9 +434,7 @@ class Policy:
         self, genotypes: Sequence[Genotype], batch: CellBatch, logp: Tensor, actions: Tensor
     ) -> Rollout[Genotype]:
         chosen = logp.gather(-1, actions[..., None])[..., 0]
-        p = logp.exp()
-        # 0 log 0 = 0, in the gradient as well.
-        entropy = -(p * logp.masked_fill(torch.isinf(logp), 0)).sum(-1)
+        entropy = entropy_terms(logp).sum(-1)
         keep = batch.present
         both = (len(genotypes), -1)
         return Rollout(

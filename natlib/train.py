@@ -258,7 +258,7 @@ class _InMemory:
 
     parts: Splits
     batch: int
-    cutout: int
+    cutout: int = 0
 
     @property
     def steps(self) -> int:
@@ -279,7 +279,6 @@ def train_epochs(
     what: str = "training",
     batches: Batches | None = None,
     criterion: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
-    cutout: int = 0,
     kept: Mapping[str, list[Any]] | None = None,
     before: Callable[[int], None] | None = None,
     after: Callable[[int], None] | None = None,
@@ -295,7 +294,7 @@ def train_epochs(
     diverges, naming ``what``.
     """
     config = run.config
-    batches = batches or _InMemory(splits(config.data), config.batch, cutout)
+    batches = batches or _InMemory(splits(config.data), config.batch)
     where = device()
     optimizer = sgd(network, config.momentum, config.weight_decay)
     kept = {"losses": [], **(kept or {})}

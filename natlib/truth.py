@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from natlib.policy import (
     UniformLogits,
     bm_log_softmax,
     build_logits,
+    draw,
+    entropy_terms,
 )
 from natlib.records import Body, Record, Run, RunStore, read_reference
 from natlib.search import policy_step, settings
@@ -89,10 +92,8 @@ class TablePolicy:
         codes = torch.as_tensor(inputs)
         digits, logits, mask = self.scores(codes)
         drawn_from, logp = self._log_probabilities(logits, mask)
-        actions = _draw(drawn_from, generator)
-        p = logp.exp()
-        # 0 log 0 = 0, in the gradient as well.
-        entropy = -(p * logp.masked_fill(torch.isinf(logp), 0)).sum((1, 2))
+        actions = draw(drawn_from, generator)
+        entropy = entropy_terms(logp).sum((1, 2))
         chosen = logp.gather(-1, actions[..., None])[..., 0].sum(1)
         return Rollout(self._legal(digits, actions, mask).tolist(), chosen, entropy)
 
@@ -100,7 +101,7 @@ class TablePolicy:
     def draw(self, inputs: Codes, times: int, generator: torch.Generator) -> Codes:
         """Sample rewritings of each code: (len(inputs), times)."""
         digits, logits, mask = self.scores(torch.from_numpy(inputs).repeat_interleave(times))
-        actions = _draw(self._log_probabilities(logits, mask)[0], generator)
+        actions = draw(self._log_probabilities(logits, mask)[0], generator)
         return np.asarray(self._legal(digits, actions, mask).view(len(inputs), times))
 
     @torch.no_grad()
@@ -130,12 +131,6 @@ class TablePolicy:
         """Codes of the actions (B, E), forbidden ones left out."""
         legal = mask.gather(-1, actions[..., None])[..., 0]
         return (torch.where(legal, actions, digits) * self.powers).sum(1)
-
-
-def _draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one index for each row: (..., K) to (...)."""
-    p = log_probabilities.detach().exp()
-    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -442,16 +437,16 @@ def study(run: Run) -> dict[str, Any]:
         }
     total = len(config.methods) + len(config.searches)
     done = 0
-    optima: dict[str, Optimum] = {}
+
+    @cache
+    def best(rule: str) -> Optimum:
+        return optimum(space, rule, inputs)
+
     for name, learner in config.methods:
         if name not in result:
-            rule = learner.transitions
-            if rule not in optima:
-                optima[rule] = optimum(space, rule, inputs)
-            best = optima[rule]
             policy, looked_at = train(learner, space, training, config.seed)
             drawn = policy.draw(inputs, max(config.samples), stream(config.seed, "draw", name))
-            result[name] = judge(config, space, inputs, best, drawn)
+            result[name] = judge(config, space, inputs, best(learner.transitions), drawn)
             result[name]["looked_at"] = looked_at
             if name == config.pictured:
                 result[name]["plane"] = plane(config, space, inputs, drawn)
@@ -470,9 +465,8 @@ def study(run: Run) -> dict[str, Any]:
             run.save_checkpoint(result)
     for name in config.searches:
         if name not in result:
-            best = optimum(space, SEARCHED, inputs)
             drawn = searched(name, space, inputs, training, max(config.samples), config.seed)
-            result[name] = judge(config, space, inputs, best, drawn)
+            result[name] = judge(config, space, inputs, best(SEARCHED), drawn)
         done += 1
         run.progress(done, total)
     return result
