@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from natlib import zoo
 from natlib.errors import NatlibError
 from natlib.genotype import Cell, Edge, Genotype
@@ -112,3 +115,36 @@ def macro(network: str, dataset: str) -> BlockMacro:
     except (KeyError, TypeError):
         known = ", ".join(f"{n} on {d}" for n, d in MACROS)
         raise NatlibError(f"no network {network!r} on {dataset!r}; there are {known}") from None
+
+
+def scaled(
+    macro: BlockMacro, width: float, classes: int, image_size: int, image_channels: int = 3
+) -> BlockMacro:
+    """Return a hand-crafted network with ``width`` times the channels, for other images.
+
+    Channels and hidden units are rounded to multiples of 4, at least 4; depth and strides stay. A
+    pooling of the head that would have a single pixel to pool is left out (VGG16 on 16x16 images).
+    Raises NatlibError on a width that is not above 0 and on sizes that the strides do not divide.
+    """
+    if not width > 0:
+        raise NatlibError(f"width = {width!r}; it must be above 0")
+
+    def narrow(channels: int) -> int:
+        return channels and max(4, 4 * round(channels * width / 4))
+
+    strides = [layer.stride[0] for layer in macro.stem] + [s.stride for s in macro.stages]
+    single = image_size == math.prod(strides)
+    return replace(
+        macro,
+        stages=tuple(replace(s, channels=narrow(s.channels)) for s in macro.stages),
+        stem=tuple(replace(x, channels=narrow(x.channels)) for x in macro.stem),
+        head=tuple(
+            replace(x, channels=narrow(x.channels))
+            for x in macro.head
+            if not (single and x.kind.endswith("pool"))
+        ),
+        hidden=tuple(map(narrow, macro.hidden)),
+        classes=classes,
+        image_size=image_size,
+        image_channels=image_channels,
+    )

@@ -1,0 +1,455 @@
+"""Whole networks trained from scratch and compared: originals and rewritings, seed by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from natlib import data, handcrafted, zoo
+from natlib.baselines import NAOConfig, closure, nao
+from natlib.cost import network_cost
+from natlib.drawing import CYCLE, MARKERS, Chart, start_chart
+from natlib.errors import NatlibError
+from natlib.genotype import Genotype
+from natlib.macro import BlockMacro, Macro, MacroConfig
+from natlib.published import printed_costs
+from natlib.records import Record, Run, RunStore
+from natlib.report import Interval, format_interval, interval, load_reported, paired_difference
+from natlib.search import (
+    RECIPES,
+    PolicyConfig,
+    Setting,
+    SupernetConfig,
+    derive,
+    load_policy,
+    load_supernet,
+    settings,
+)
+from natlib.train import DataConfig, TrainConfig, accuracies, splits, stream, train_standalone
+from natlib.transitions import free
+
+ORIGINAL = "original"
+TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
+"""What tables call the methods of each rule."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to rewrite: its cells, the macro that is trained and the one that costs count."""
+
+    genotype: Genotype
+    trained: Macro
+    published: Macro
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large networks are trained from scratch, and how long.
+
+    ``images`` are ``DataConfig``'s sizes. Hand-crafted networks keep depth and strides and have
+    ``width`` times their channels; all others are ``cells`` DARTS-style cells of ``channels``.
+    ``training`` is the rest of a ``TrainConfig``. Mappings come from experiments.yml.
+    """
+
+    images: Mapping[str, Any]
+    width: float
+    channels: int
+    cells: int
+    training: Mapping[str, Any]
+
+    def data(self, dataset: str) -> DataConfig:
+        """The images, with "auto" resolved to a data set that can be had."""
+        config: DataConfig = settings(
+            DataConfig, {"dataset": data.load(dataset).name, **self.images}
+        )
+        return config
+
+    def network(self, name: str, images: DataConfig, genotype: Genotype | None = None) -> Network:
+        """The hand-crafted or published network ``name``, with its own cells or given ones.
+
+        Raises NatlibError on a name that neither has.
+        """
+        parts = splits(images)
+        shape = parts.classes, images.image_size, parts.channels
+        if (name, "CIFAR-10") in handcrafted.MACROS:
+            published: Macro = handcrafted.macro(name, "CIFAR-10")
+            trained: Macro = handcrafted.scaled(
+                handcrafted.macro(name, "CIFAR-10"), self.width, *shape
+            )
+            return Network(genotype or handcrafted.ORIGINALS[name], trained, published)
+        printed = {
+            r.architecture: r.network[1]
+            for r in printed_costs()
+            if r.network and r.dataset == "CIFAR-10"
+        }
+        return Network(
+            genotype or zoo.get(name),
+            MacroConfig(self.channels, self.cells, *shape),
+            printed.get(name, MacroConfig(channels=36, cells=20)),
+        )
+
+    def networks(self, names: Sequence[str], images: DataConfig) -> dict[str, Network]:
+        """The networks of these names; see ``network``."""
+        return {name: self.network(name, images) for name in names}
+
+
+# Rewriting -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RewriteConfig:
+    """Rewriting of one network by policies, and by NAO where ``nao`` is given, on one supernet.
+
+    A policy's candidates may cost no more than the input in ``macro``, NAO's may. All look at
+    ``samples`` genotypes besides the input, NAO at as many different ones.
+    """
+
+    supernet: SupernetConfig
+    supernet_key: str
+    policies: tuple[tuple[PolicyConfig, str], ...]
+    name: str
+    genotype: Genotype
+    macro: Macro
+    samples: int
+    seed: int
+    nao: NAOConfig | None = None
+
+
+def rewrite_network(run: Run) -> dict[str, Any]:
+    """Rewrite a network's cells; body of records of kind "rewrite".
+
+    Candidates are chosen by accuracy on ``search`` images with shared weights. Returns for each
+    method: ``genotype``, ``changed``, ``evaluations``, ``dropped`` (over the budget) and
+    ``accuracy`` and ``before_accuracy`` (0..1) on ``report`` images, which chose nothing.
+    """
+    config: RewriteConfig = run.config
+    parts = splits(config.supernet.data)
+    network = load_supernet(config.supernet, config.supernet_key)
+
+    def score(genotypes: Sequence[Genotype]) -> list[float]:
+        return accuracies(network, parts.search.normalised, parts.search.labels, genotypes)
+
+    chosen: dict[str, tuple[Genotype, int, int]] = {}
+    for policy_config, key in config.policies:
+        rule = policy_config.transitions
+        generator = stream(config.seed, "rewrite", config.name, rule)
+        policy = load_policy(policy_config, key)
+        found = derive(policy, config.genotype, config.samples, score, config.macro, generator)
+        title = TITLES.get(rule, rule)
+        chosen[title] = found.genotype, len(found.candidates), found.dropped
+    if config.nao is not None:
+        space = closure(config.genotype, free(config.supernet.space.primitives))
+        generator = stream(config.seed, "rewrite", config.name, "nao")
+        searched = nao(space, score, config.samples + 1, generator, config.nao)
+        chosen["NAO"] = searched.genotype, len(searched.trajectory), 0
+    report = parts.report
+    found_all = [config.genotype, *(g for g, _, _ in chosen.values())]
+    before, *after = accuracies(network, report.normalised, report.labels, found_all)
+    return {
+        method: {
+            "genotype": genotype.to_json(),
+            "changed": genotype != config.genotype,
+            "evaluations": evaluations,
+            "dropped": dropped,
+            "before_accuracy": before,
+            "accuracy": value,
+        }
+        for (method, (genotype, evaluations, dropped)), value in zip(
+            chosen.items(), after, strict=True
+        )
+    }
+
+
+def rewrite(
+    setting: Setting,
+    policies: Sequence[tuple[PolicyConfig, Record]],
+    networks: Mapping[str, Network],
+    samples: int,
+    nao: NAOConfig | None = None,
+) -> dict[str, list[Record]]:
+    """Rewrite each network with each seed's supernet and policies: a record a seed.
+
+    What costs no more is judged at the published size. Raises NatlibError on a cell with primitives
+    that the policies do not know.
+    """
+    pairs = setting.supernets()
+    configs = [
+        RewriteConfig(
+            supernet, record.key,
+            tuple((c, r.key) for c, r in policies if c.supernet_key == record.key),
+            name, n.genotype, n.published, samples, supernet.seed, nao,
+        )
+        for name, n in networks.items()
+        for supernet, record in pairs
+    ]  # fmt: skip
+    found = setting.records("rewrite", configs, rewrite_network)
+    n = len(pairs)
+    return {name: found[i * n : (i + 1) * n] for i, name in enumerate(networks)}
+
+
+def rewritten(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, list[Genotype]]]:
+    """What ``rewrite`` found: method, network, one genotype a seed."""
+    methods: dict[str, dict[str, list[Genotype]]] = {}
+    for network, group in records.items():
+        for method in group[0].result:
+            methods.setdefault(method, {})[network] = [
+                Genotype.from_json(r.result[method]["genotype"]) for r in group
+            ]
+    return methods
+
+
+# Comparison ----------------------------------------------------------------------------------
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """Correct p-values for their number; those that are NaN count for nothing and stay.
+
+    Source: Holm, Scand. J. Statist. 6 (1979).
+    """
+    values = np.asarray(p, dtype=np.float64)
+    adjusted = np.full_like(values, np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(factors * values[order]), 1)
+    return adjusted
+
+
+def p_value(i: Interval) -> float:
+    """Two-sided p of Student's t test that the mean is zero; NaN for a single value."""
+    if i.n < 2:
+        return math.nan
+    if i.sd == 0:
+        return float(i.mean == 0)
+    return float(2 * stats.t.sf(abs(i.mean) / (i.sd / math.sqrt(i.n)), i.n - 1))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Networks trained from scratch, for each method and network a genotype and a record a seed.
+
+    The method "original" stands first and has every network; a method may lack some. All
+    differences are paired: a rewriting and its original were trained with the same seed.
+    Accuracies are fractions, test images unless ``part`` is "report".
+    """
+
+    networks: Mapping[str, Network]
+    seeds: Sequence[int]
+    genotypes: Mapping[str, Mapping[str, Sequence[Genotype]]]
+    records: Mapping[str, Mapping[str, Sequence[Record]]]
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods but the original."""
+        return [m for m in self.genotypes if m != ORIGINAL]
+
+    @cached_property
+    def used(self) -> list[Record]:
+        """All records, each once."""
+        every = (r for group in self.records.values() for rs in group.values() for r in rs)
+        return list({r.key: r for r in every}.values())
+
+    def accuracy(self, method: str, network: str, part: str = "test") -> list[float]:
+        """One accuracy a seed."""
+        return [float(r.result[f"{part}_accuracy"]) for r in self.records[method][network]]
+
+    def cost(self, method: str, network: str) -> tuple[float, float]:
+        """Params and MAdds at the published size, mean over seeds."""
+        macro = self.networks[network].published
+        costs = [network_cost(g, macro) for g in self.genotypes[method][network]]
+        return (
+            float(np.mean([c.params for c in costs])),
+            float(np.mean([c.madds for c in costs])),
+        )
+
+    def difference(
+        self, method: str, network: str, against: str = ORIGINAL, part: str = "test"
+    ) -> Interval:
+        """Accuracy of a method less that of another, paired over seeds."""
+        return paired_difference(
+            self.accuracy(against, network, part), self.accuracy(method, network, part)
+        )
+
+    def mixed(self, method: str, against: str = ORIGINAL, part: str = "test") -> Interval:
+        """Mean difference over all networks that both methods have; a seed counts once."""
+        shared = [n for n in self.genotypes[method] if n in self.genotypes[against]]
+        old, new = (
+            np.mean([self.accuracy(m, n, part) for n in shared], axis=0) for m in (against, method)
+        )
+        return paired_difference(old, new)
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        for network in self.networks:
+            for method, group in self.genotypes.items():
+                if network in group:
+                    yield network, method
+
+    def table(self, published: str = "", dataset: str = "CIFAR-10") -> pd.DataFrame:
+        """A row a network and method, with the numbers that the papers print where they have any.
+
+        ``published`` names the table in ``paper/reported.csv``; its rows that we did not train come
+        last, with dashes. Raises NatlibError on a table or data set that is not there.
+        """
+        printed: dict[tuple[str, str], dict[str, float]] = {}
+        if published:
+            reported = load_reported()
+            rows = reported[(reported["table"] == published) & (reported["dataset"] == dataset)]
+            if rows.empty:
+                known = sorted(set(zip(reported["table"], reported["dataset"], strict=True)))
+                raise NatlibError(f"no table {published!r} for {dataset!r}; there are {known}")
+            for _, line in rows.iterrows():
+                printed[line["architecture"], line["method"]] = {
+                    "top-1 (%), paper": line["top1"],
+                    "params (M), paper": line["params_m"],
+                    "MAdds (M), paper": line["madds_m"],
+                }
+        found = []
+        for network, method in self._rows():
+            params, madds = self.cost(method, network)
+            change = self.difference(method, network)
+            accuracy = interval(self.accuracy(method, network))
+            half = f"\u00a0±\u00a0{100 * (accuracy.high - accuracy.mean):.1f}"
+            found.append(
+                {
+                    "network": network,
+                    "method": method,
+                    "top-1 (%), ours": f"{100 * accuracy.mean:.1f}"
+                    f"{half if accuracy.n > 1 else ''} (n = {accuracy.n})",
+                    "change": None
+                    if method == ORIGINAL
+                    else format_interval(change, counted=False),
+                    "params (M), ours": params / 1e6,
+                    "MAdds (M), ours": madds / 1e6,
+                    **printed.pop((network, method), {}),
+                }
+            )
+        found += [{"network": n, "method": m, **row} for (n, m), row in printed.items()]
+        return pd.DataFrame(found)
+
+    def differences(self) -> pd.DataFrame:
+        """Every method against the original, network by network, with Holm's correction.
+
+        p-values are those of a paired t test, corrected for all rows of the table; "rewritten" is
+        the share of seeds (%) whose genotype differs from the original.
+        """
+        pairs = [(n, m) for n, m in self._rows() if m != ORIGINAL]
+        changes = [self.difference(m, n) for n, m in pairs]
+        p = [p_value(i) for i in changes]
+        rewritten = [
+            100 * float(np.mean([g != self.networks[n].genotype for g in self.genotypes[m][n]]))
+            for n, m in pairs
+        ]
+        return pd.DataFrame(
+            {
+                "network": [n for n, _ in pairs],
+                "method": [m for _, m in pairs],
+                "change (points)": [format_interval(i) for i in changes],
+                "rewritten (%)": rewritten,
+                "p": p,
+                "p (Holm)": holm(p),
+            }
+        )
+
+    def summary(self) -> pd.DataFrame:
+        """Every method over all its networks: the mixed change, networks improved, cost changes."""
+        found = []
+        for method in self.methods:
+            names = list(self.genotypes[method])
+            better = [n for n in names if self.difference(method, n).mean > 0]
+            ratios = np.array(
+                [np.divide(self.cost(method, n), self.cost(ORIGINAL, n)) for n in names]
+            ).mean(axis=0)
+            found.append(
+                {
+                    "method": method,
+                    "change (points)": format_interval(self.mixed(method)),
+                    "networks improved": f"{len(better)} of {len(names)}",
+                    "params change (%)": 100 * (float(ratios[0]) - 1),
+                    "MAdds change (%)": 100 * (float(ratios[1]) - 1),
+                }
+            )
+        return pd.DataFrame(found)
+
+    def plot(self, title: str = "") -> Chart:
+        """Draw accuracy against MAdds at the published size, a line for each network's methods."""
+        chart = start_chart(300, "")
+        axes = chart.subplots()
+        said = []
+        order = list(self.genotypes)
+        for k, network in enumerate(self.networks):
+            for method in (m for m in order if network in self.genotypes[m]):
+                i = interval(self.accuracy(method, network))
+                x, y = self.cost(method, network)[1] / 1e6, 100 * i.mean
+                half = 100 * (i.high - i.mean) if i.n > 1 else 0.0
+                axes.errorbar(
+                    x, y, half, color=CYCLE[k % 7], marker=MARKERS[order.index(method) % 7], ms=7,
+                    capsize=2, ls="", label=f"{network}, {method}",
+                )  # fmt: skip
+                said.append(f"{network} {method} {x:.0f} M MAdds, {y:.1f} %")
+        axes.set(xlabel="MAdds at published size (M)", ylabel="test accuracy (%)", title=title)
+        chart.legend(loc="outside lower center", ncols=2)
+        chart.alt = f"{title or 'Accuracy and cost'}: {'; '.join(said)}."
+        return chart
+
+
+def compare(
+    networks: Mapping[str, Network],
+    methods: Mapping[str, Mapping[str, Sequence[Genotype]]],
+    size: Size,
+    images: DataConfig,
+    seeds: Sequence[int],
+    workers: int,
+) -> Comparison:
+    """Train every network as it is and as each method rewrote it, or return what is recorded.
+
+    ``methods``: method, network, one genotype for each of ``seeds``, trained with that seed. Equal
+    trainings, as of a rewriting that changed nothing, share a record. Raises NatlibError on a
+    network that is not among ``networks`` and on another number of genotypes than of seeds.
+    """
+    genotypes: dict[str, dict[str, tuple[Genotype, ...]]] = {
+        ORIGINAL: {name: (n.genotype,) * len(seeds) for name, n in networks.items()}
+    }
+    for method, group in methods.items():
+        for name, given in group.items():
+            if name not in networks:
+                raise NatlibError(f"no network {name!r}; there are {', '.join(networks)}")
+            if len(given) != len(seeds):
+                raise NatlibError(
+                    f"{len(given)} genotypes of {name} by {method} for {len(seeds)} seeds"
+                )
+        genotypes[method] = {name: tuple(given) for name, given in group.items()}
+    configs = {
+        (method, name, i): _training(networks[name].trained, genotype, seed, size, images)
+        for method, group in genotypes.items()
+        for name, given in group.items()
+        for i, (genotype, seed) in enumerate(zip(given, seeds, strict=True))
+    }
+    records = RunStore.default().run_many(
+        "train", list(configs.values()), train_standalone, recipe=RECIPES["train"],
+        data=splits(images).checksum, workers=workers,
+    )  # fmt: skip
+    found = dict(zip(configs, records, strict=True))
+    ordered = {
+        method: {n: [found[method, n, i] for i in range(len(seeds))] for n in group}
+        for method, group in genotypes.items()
+    }
+    return Comparison(networks, tuple(seeds), genotypes, ordered)
+
+
+def _training(
+    macro: Macro, genotype: Genotype, seed: int, size: Size, images: DataConfig
+) -> TrainConfig:
+    config: TrainConfig = settings(
+        TrainConfig,
+        {"data": images, "macro": macro, "genotype": genotype, "seed": seed, **size.training},
+    )
+    # Hand-crafted networks have no place for an auxiliary head.
+    return replace(config, auxiliary=0.0) if isinstance(macro, BlockMacro) else config
