@@ -122,15 +122,16 @@ def scaled(
 ) -> BlockMacro:
     """Return a hand-crafted network with ``width`` times the channels, for other images.
 
-    Channels and hidden units are rounded to multiples of 4, at least 4; depth and strides stay. A
-    pooling of the head that would have a single pixel to pool is left out (VGG16 on 16x16 images).
+    Channels and hidden units are rounded to multiples of 8, at least 8 (PyTorch 2 has been seen to
+    write past its memory in convolutions of 4 channels on a CPU); depth and strides stay. A pooling
+    of the head that would have a single pixel to pool is left out (VGG16 on 16x16 images).
     Raises NatlibError on a width that is not above 0 and on sizes that the strides do not divide.
     """
     if not width > 0:
         raise NatlibError(f"width = {width!r}; it must be above 0")
 
     def narrow(channels: int) -> int:
-        return channels and max(4, 4 * round(channels * width / 4))
+        return channels and max(8, 8 * round(channels * width / 8))
 
     strides = [layer.stride[0] for layer in macro.stem] + [s.stride for s in macro.stages]
     single = image_size == math.prod(strides)
