@@ -5,6 +5,7 @@ SCALE   ?= reduced
 DATASET ?= auto
 WORKERS ?=
 FRESH   ?= 0
+DRY_RUN ?= 0
 PYTHON  ?= python3
 
 SHELL := /bin/bash
@@ -29,6 +30,9 @@ endif
 ifneq ($(filter-out 0 1,$(FRESH)),)
 $(error FRESH=$(FRESH) must be 0 or 1)
 endif
+ifneq ($(filter-out 0 1,$(DRY_RUN)),)
+$(error DRY_RUN=$(DRY_RUN) must be 0 or 1)
+endif
 ifeq ($(FRESH),1)
 # One moment for all notebooks, so that they share the records made after it.
 export NATLIB_FRESH := $(shell date +%s)
@@ -48,6 +52,7 @@ help: ## print this list
 	@echo "  DATASET=auto    cifar10, cifar100, fashion_mnist; auto: cifar10 where it can be had"
 	@echo "  WORKERS=n       worker processes in a notebook (default: one a core)"
 	@echo "  FRESH=1         compute again what is recorded"
+	@echo "  DRY_RUN=1       with reproduce: only say what SCALE will cost (GPU-hours, memory, disk)"
 	@echo "  PYTHON=python3  the Python that .venv is made with"
 	@echo "  environment: NATLIB_DATA (folder with data sets), NATLIB_RUNS (folder of the records)"
 
@@ -67,11 +72,17 @@ $(SETUP): pyproject.toml constraints.txt
 
 # --- running ------------------------------------------------------------------------------------
 
+ifeq ($(DRY_RUN),1)
 reproduce: $(SETUP) ## run all notebooks and build the book with its scorecard
+	@$(PY) scripts/dry_run.py --scale $(SCALE)
+else
+reproduce: $(SETUP)
+	@$(if $(filter paper,$(SCALE)),$(PY) scripts/dry_run.py --scale $(SCALE))
 	@$(PY) scripts/dataset.py $(DATASET)
 	@$(GRAPH)
 	@$(EXECUTE) all
 	@$(MAKE) --no-print-directory book
+endif
 
 notebook: $(SETUP) ## run one notebook, NAME=..., and what it depends on
 	@$(if $(NAME),,echo "error: give NAME=..., a notebook of experiments.yml" >&2; exit 1)
