@@ -3,8 +3,10 @@
 "Plain" is the same mathematics written literally, as the papers' released code does it: an
 operation at a time on contiguous tensors (tests/plain_network.py), rewards with gradients recorded,
 the policy one cell a call, images one at a time through torchvision. Ours and plain are measured
-in turn in one process, with the same architectures, weights and images (made ones: speed does not
-depend on what they show), so their ratio holds where absolute figures drift.
+in turn with the same architectures, weights and images (made ones: speed does not depend on what
+they show), so their ratio holds where absolute figures drift. Plain networks run in a process of
+their own, with memory as the C library manages it by itself; one of the two processes works, the
+other waits.
 
 Operations are twice the exact multiply-adds of natlib.cost (three forward passes for a training
 step), or counted as matrix products for the policy; bytes are what every operation must read and
@@ -30,7 +32,7 @@ from typing import Any
 import numpy
 import torch
 from experiments import RUNS, STATE, exit_with, parameters_at, read_experiments, require, write_text
-from measure import Spread, Work, alternate, memory, peaks, power_law, processes, traffic
+from measure import Elsewhere, Spread, Work, alternate, memory, peaks, power_law, processes, traffic
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -238,6 +240,25 @@ class Bench:
         )  # fmt: skip
         self.add(figure)
 
+    def beside(
+        self,
+        make: Callable[[Size, Sequence[Genotype], bool], list[Work]],
+        size: Size,
+        genotypes: Sequence[Genotype],
+        threads: Sequence[int] = (),
+    ) -> Iterator[tuple[int, dict[str, list[float]], dict[str, int]]]:
+        """Time what ``make`` returns for ours and plain; yield threads, seconds, bytes moved."""
+        plan = self.plan
+        torch.set_num_threads(1)
+        ours = make(size, genotypes, False)
+        with Elsewhere(make, size, genotypes, True) as plain:
+            works = {"ours": ours, "plain": plain.works}
+            moved = {"ours": traffic(ours), "plain": plain.traffic()}
+            for count in threads or plan.threads:
+                plan.set_threads(count)
+                plain.set_threads(torch.get_num_threads())
+                yield count, alternate(works, plan.seconds, plan.rounds), moved
+
 
 # Networks, images and steps ------------------------------------------------------------------
 
@@ -294,6 +315,11 @@ def training_steps(
     return [partial(literal if plain else ours, genotype) for genotype in genotypes]
 
 
+def scratch_steps(size: Size, genotypes: Sequence[Genotype], plain: bool) -> list[Work]:
+    """Return a training step of the standalone network of the one genotype."""
+    return training_steps(size, genotypes, plain, standalone=True)
+
+
 def plain_accuracy(
     network: CellNetwork, images: Tensor, labels: Tensor, genotype: Genotype, batch: int
 ) -> float:
@@ -334,6 +360,11 @@ def evaluate(size: Size, count: int, plain: bool, genotypes: Sequence[Genotype])
     return accuracies(network, images, labels, genotypes)
 
 
+def plain_evaluations(size: Size, count: int, families: Sequence[Sequence[Genotype]]) -> list[Work]:
+    """Return the plain evaluation of each family of candidates."""
+    return [partial(evaluate, size, count, True, family) for family in families]
+
+
 def rewritings(genotypes: Sequence[Genotype], count: int) -> list[list[Genotype]]:
     """Return each genotype with ``count`` rewritings of it, by random NAT++ transitions."""
     policy = random_policy("natpp", SpaceConfig())
@@ -354,16 +385,8 @@ def supernet(bench: Bench) -> None:
     plan = bench.plan
     for size in plan.sizes:
         genotypes = random_genotypes(size.nodes, plan.architectures)
-        works = {
-            "ours": training_steps(size, genotypes, plain=False),
-            "plain": training_steps(size, genotypes, plain=True),
-        }
         flops = 3 * size.batch * forward_flops(genotypes, size.macro)
-        torch.set_num_threads(1)
-        moved = {version: traffic(steps) for version, steps in works.items()}
-        for threads in plan.threads:
-            plan.set_threads(threads)
-            times = alternate(works, plan.seconds, plan.rounds)
+        for threads, times, moved in bench.beside(training_steps, size, genotypes):
             bench.timed(
                 "supernet", "supernet training step", size.name, "images/s", times,
                 size.batch * len(genotypes), threads=threads, flops=flops, moved=moved, target=2.0,
@@ -377,16 +400,8 @@ def rewards(bench: Bench) -> None:
     for size in plan.sizes:
         inputs = random_genotypes(size.nodes, plan.architectures)
         genotypes = [g for pair in rewritings(inputs, 1) for g in pair]
-        works = {
-            "ours": reward_evaluations(size, genotypes, plain=False),
-            "plain": reward_evaluations(size, genotypes, plain=True),
-        }
         flops = size.reward * forward_flops(genotypes, size.macro)
-        torch.set_num_threads(1)
-        moved = {version: traffic(pairs) for version, pairs in works.items()}
-        for threads in plan.threads:
-            plan.set_threads(threads)
-            times = alternate(works, plan.seconds, plan.rounds)
+        for threads, times, moved in bench.beside(reward_evaluations, size, genotypes):
             bench.timed(
                 "rewards", "reward evaluation", size.name, "images/s", times,
                 size.reward * plan.architectures, threads=threads, flops=flops, moved=moved,
@@ -407,16 +422,15 @@ def derive(bench: Bench) -> None:
         families = rewritings(random_genotypes(size.nodes, max(1, plan.architectures // 2)), 10)
         pairs = [family[:2] for family in families]
         ours: list[Work] = [partial(evaluate, size, count, False, f) for f in families]
-        plain: list[Work] = [partial(evaluate, size, fewer, True, p) for p in pairs]
         # What one candidate of each family takes.
         each, plain_each = len(families[0]), len(pairs[0])
         flops = count * sum(forward_flops(f, size.macro) for f in families) / each
         torch.set_num_threads(1)
-        moved = {
-            "ours": traffic(ours) // each,
-            "plain": traffic(plain) * count // fewer // plain_each,
-        }
-        with processes(2) as pool:
+        with processes(2) as pool, Elsewhere(plain_evaluations, size, fewer, pairs) as plain:
+            moved = {
+                "ours": traffic(ours) // each,
+                "plain": plain.traffic() * count // fewer // plain_each,
+            }
 
             def both(size: Size, count: int, family: Sequence[Genotype]) -> None:
                 jobs = [pool.submit(evaluate, size, count, False, family) for _ in range(2)]
@@ -425,7 +439,8 @@ def derive(bench: Bench) -> None:
 
             for threads in plan.threads:
                 plan.set_threads(threads)
-                works = {"ours": ours, "plain": plain}
+                plain.set_threads(torch.get_num_threads())
+                works = {"ours": ours, "plain": plain.works}
                 if threads == 2:
                     works["workers"] = [partial(both, size, count, f) for f in families]
                     works["workers"][0]()
@@ -536,23 +551,17 @@ def policies(bench: Bench) -> None:
 
 def scratch(bench: Bench) -> None:
     """Training of a standalone network."""
-    torch.set_num_threads(1)
     plan = bench.plan
     for size in plan.scratch:
         for name in ("DARTS", "ResBlock"):
-            genotypes = [zoo.get(name)]
-            works = {
-                "ours": training_steps(size, genotypes, plain=False, standalone=True),
-                "plain": training_steps(size, genotypes, plain=True, standalone=True),
-            }
-            moved = {version: traffic(steps) for version, steps in works.items()}
-            times = alternate(works, plan.seconds, plan.rounds)
-            macro = size.macro
-            bench.timed(
-                "scratch", f"training {name}", size.name, "images/s", times, size.batch,
-                flops=3 * size.batch * forward_flops(genotypes, macro), moved=moved, target=2.0,
-                note=f"{macro.channels} channels, {macro.cells} cells, {size.batch} images a step",
-            )  # fmt: skip
+            genotypes, macro = [zoo.get(name)], size.macro
+            flops = 3 * size.batch * forward_flops(genotypes, macro)
+            note = f"{macro.channels} channels, {macro.cells} cells, {size.batch} images a step"
+            for threads, times, moved in bench.beside(scratch_steps, size, genotypes, threads=(1,)):
+                bench.timed(
+                    "scratch", f"training {name}", size.name, "images/s", times, size.batch,
+                    threads=threads, flops=flops, moved=moved, target=2.0, note=note,
+                )  # fmt: skip
 
 
 def pipeline(bench: Bench) -> None:

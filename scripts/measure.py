@@ -10,7 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -211,6 +213,76 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     order = np.argsort(a)[-2:]
     last = float(np.diff(b[order])[0] / np.diff(a[order])[0])
     return PowerLaw(slope, math.exp(float(b.mean() - slope * a.mean())), error, last)
+
+
+# Another process -----------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """Works that a process of its own does, one at a time and only when asked.
+
+    ``make`` returns the works, given ``arguments``, in that process, whose C library hands freed
+    memory back as it does by itself: natlib has that changed (``keep_freed_memory``), and what is
+    measured beside it must not profit. Use it as a context manager.
+    """
+
+    def __init__(self, make: Callable[..., Sequence[Work]], *arguments: Any) -> None:
+        context = get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(there, make, arguments, torch.get_num_threads()), daemon=True
+        )
+        self._process.start()
+        there.close()
+        self.works: list[Work] = [partial(self._ask, k) for k in range(self._receive())]
+
+    def set_threads(self, count: int) -> None:
+        """Compute there with ``count`` threads."""
+        self._ask(-count)
+
+    def traffic(self) -> int:
+        """Return ``traffic`` of all works."""
+        return self._ask("traffic")
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._here.close()
+        self._process.join()
+
+    def _ask(self, what: int | str) -> int:
+        self._here.send(what)
+        return self._receive()
+
+    def _receive(self) -> int:
+        try:
+            return int(self._here.recv())
+        except EOFError:
+            raise NatlibError("the process that does the plain works has ended") from None
+
+
+def _serve(
+    pipe: Connection, make: Callable[..., Sequence[Work]], arguments: Sequence[Any], threads: int
+) -> None:
+    """Do works as asked: a number from 0 is a work, one below 0 sets the threads."""
+    patch("natlib.network.keep_freed_memory").start()
+    torch.set_num_threads(threads)
+    works = make(*arguments)
+    pipe.send(len(works))
+    while True:
+        try:
+            what = pipe.recv()
+        except EOFError:
+            return
+        if what == "traffic":
+            pipe.send(traffic(works))
+        elif what < 0:
+            torch.set_num_threads(-what)
+            pipe.send(0)
+        else:
+            works[what]()
+            pipe.send(0)
 
 
 # Fresh processes -----------------------------------------------------------------------------
