@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -138,6 +138,11 @@ def rewrite_network(run: Run) -> dict[str, Any]:
         return accuracies(network, parts.search.normalised, parts.search.labels, genotypes)
 
     chosen: dict[str, tuple[Genotype, int, int]] = {}
+    if config.nao is not None:
+        space = closure(config.genotype, free(config.supernet.space.primitives))
+        generator = stream(config.seed, "rewrite", config.name, "nao")
+        searched = nao(space, score, config.samples + 1, generator, config.nao)
+        chosen["NAO"] = searched.genotype, len(searched.trajectory), 0
     for policy_config, key in config.policies:
         rule = policy_config.transitions
         generator = stream(config.seed, "rewrite", config.name, rule)
@@ -145,11 +150,6 @@ def rewrite_network(run: Run) -> dict[str, Any]:
         found = derive(policy, config.genotype, config.samples, score, config.macro, generator)
         title = TITLES.get(rule, rule)
         chosen[title] = found.genotype, len(found.candidates), found.dropped
-    if config.nao is not None:
-        space = closure(config.genotype, free(config.supernet.space.primitives))
-        generator = stream(config.seed, "rewrite", config.name, "nao")
-        searched = nao(space, score, config.samples + 1, generator, config.nao)
-        chosen["NAO"] = searched.genotype, len(searched.trajectory), 0
     report = parts.report
     found_all = [config.genotype, *(g for g, _, _ in chosen.values())]
     before, *after = accuracies(network, report.normalised, report.labels, found_all)
@@ -204,6 +204,31 @@ def rewritten(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, li
                 Genotype.from_json(r.result[method]["genotype"]) for r in group
             ]
     return methods
+
+
+def released(names: Iterable[str], seeds: int) -> dict[str, dict[str, list[Genotype]]]:
+    """The authors' released rewritings of published cells: method, network, the same every seed."""
+    methods: dict[str, dict[str, list[Genotype]]] = {}
+    names = set(names)
+    for before, after, rule in zoo.REWRITINGS:
+        if before in names:
+            group = methods.setdefault(f"{TITLES[rule]}, released", {})
+            group[before] = [zoo.get(after)] * seeds
+    return methods
+
+
+def transfer_target(source: str) -> str:
+    """Another data set than ``source`` that can be had: CIFAR-100 if possible, ``source`` if none.
+
+    A page must say which it is.
+    """
+    for name in ("cifar100", "cifar10", "fashion_mnist"):
+        if name != source:
+            try:
+                return data.load(name).name
+            except NatlibError:
+                continue
+    return source
 
 
 # Comparison ----------------------------------------------------------------------------------
@@ -451,5 +476,5 @@ def _training(
         TrainConfig,
         {"data": images, "macro": macro, "genotype": genotype, "seed": seed, **size.training},
     )
-    # Hand-crafted networks have no place for an auxiliary head.
-    return replace(config, auxiliary=0.0) if isinstance(macro, BlockMacro) else config
+    # Hand-crafted networks have no place for an auxiliary head, and some no second path.
+    return replace(config, auxiliary=0.0, drop_path=0.0) if isinstance(macro, BlockMacro) else config
