@@ -116,8 +116,8 @@ lab: $(SETUP) ## edit the notebooks in JupyterLab
 
 # --- checking -----------------------------------------------------------------------------------
 
-test: $(SETUP) ## run all tests
-	@$(PY) -m pytest
+test: $(SETUP) ## run all tests, a process a core
+	@$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(SETUP) ## ruff, mypy, notebooks without outputs
 	@$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from hypothesis import settings
 
 settings.register_profile("natlib", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("natlib")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # side by side, processes with two threads each thrash
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start
 # inherits that; the tests of interrupts need the ordinary behaviour.
