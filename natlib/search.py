@@ -166,6 +166,9 @@ def train_supernet(run: Run) -> dict[str, Any]:
     return {"losses": losses, "watched": watched, "snapshot_epochs": config.snapshot_epochs}
 
 
+BASELINES = ("moving", "rollouts", "released")
+
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """REINFORCE training of one policy against one supernet's snapshots.
@@ -174,7 +177,8 @@ class PolicyConfig:
     ``rollouts`` rewritings of each, and ``reward_images`` search images; Adam maximises
     (R - baseline) log pi + ``entropy_weight`` H, where R is the accuracy gained (0..1). The
     ``baseline`` is "moving", a moving average of R, or "rollouts", the mean R of the other
-    rewritings of the same input, which also takes out how much each input leaves to gain. ``gcn``
+    rewritings of the same input, which also takes out how much each input leaves to gain;
+    "released" is the moving average of the authors' code (see ``policy_step``). ``gcn``
     is the policy network, which may be an LSTM: the field keeps the name that keys of records hold.
     Defaults are the published settings. Raises NatlibError on another baseline, on "rollouts" with
     fewer than two, on a ``first_snapshot`` that the supernet does not keep, and on more
@@ -199,8 +203,8 @@ class PolicyConfig:
     first_snapshot: int = 0
 
     def __post_init__(self) -> None:
-        if self.baseline not in ("moving", "rollouts"):
-            raise NatlibError(f"baseline {self.baseline!r} is not one of 'moving', 'rollouts'")
+        if self.baseline not in BASELINES:
+            raise NatlibError(f"baseline {self.baseline!r} is not one of {', '.join(BASELINES)}")
         if self.baseline == "rollouts" and self.rollouts < 2:
             raise NatlibError(f"baseline 'rollouts' needs 2 rollouts or more, not {self.rollouts}")
         last = self.supernet.snapshots - 1
@@ -263,12 +267,14 @@ def policy_step(
     baseline_decay: float,
     generator: torch.Generator,
     among_rollouts: bool = False,
+    subtracted: bool = False,
 ) -> dict[str, float]:
     """One REINFORCE update; ``reward`` takes inputs and outputs, equally many, gives R of each.
 
     Returns the mean reward, the mean entropy of an architecture's transitions (nats) and the new
     baseline: a moving average of the rewards themselves, started at the first mean. With
     ``among_rollouts`` each reward is compared with the mean of its input's other rollouts instead.
+    ``subtracted`` averages R - baseline, as the released code does: it tends to half the mean.
     Source: NAT, Sec. 4.3, Eqs. 9-10.
     """
     repeated = [g for g in inputs for _ in range(rollouts)]
@@ -290,7 +296,8 @@ def policy_step(
     return {
         "reward": mean,
         "entropy": float(entropy.detach()),
-        "baseline": baseline_decay * baseline + (1 - baseline_decay) * mean,
+        "baseline": baseline_decay * baseline
+        + (1 - baseline_decay) * (mean - baseline if subtracted else mean),
     }
 
 
@@ -397,6 +404,7 @@ def train_policy(run: Run) -> dict[str, Any]:
             config.baseline_decay,
             generator,
             config.baseline == "rollouts",
+            config.baseline == "released",
         )
         baseline = step["baseline"]
         for name, values in log.items():
@@ -480,7 +488,7 @@ class GainConfig:
     ``policies`` are (config, record key) of trained ones; uniform random transitions of each of
     ``random`` rules are measured beside them. ``genotypes`` inputs are drawn by a stream of their
     own, with all nodes concatenated and ``nodes`` nodes. Results are named after rules: raises
-    NatlibError on two policies of one rule.
+    NatlibError on two policies of one rule. Weights of ``snapshot`` judge.
     """
 
     supernet: SupernetConfig
@@ -490,6 +498,7 @@ class GainConfig:
     genotypes: int
     images: int
     seed: int
+    snapshot: int = field(default=-1, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         _require_distinct_rules(self.policies)
@@ -517,7 +526,7 @@ def measure_gain(run: Run) -> dict[str, Any]:
     parts = splits(config.supernet.data)
     images = parts.report.normalised[: config.images]
     labels = parts.report.labels[: config.images]
-    network = load_supernet(config.supernet, config.supernet_key)
+    network = load_supernet(config.supernet, config.supernet_key, config.snapshot)
     space = SpaceConfig((config.supernet.space.nodes[0],), config.supernet.space.primitives)
     generator = stream(config.seed, "held out")
     inputs = [space.sample(generator) for _ in range(config.genotypes)]
@@ -627,6 +636,7 @@ def derive_many(run: Run) -> dict[str, Any]:
 
 RECIPES = {
     "supernet": 1, "policy": 1, "gain": 1, "derive": 1, "score": 1, "train": 1, "rewrite": 1,
+    "candidates": 1,
 }  # fmt: skip
 """Versions of what the bodies do: raised when the meaning of a result changes."""
 
@@ -738,20 +748,21 @@ class Setting:
         random: Sequence[str],
         genotypes: int,
         images: int,
+        snapshot: int = -1,
     ) -> list[Record]:
         """What the policies gain on held-out architectures, one record a supernet."""
         configs = [
             GainConfig(
                 supernet, record.key, _of(policies, record.key), tuple(random), genotypes, images,
-                supernet.seed,
+                supernet.seed, snapshot,
             )
             for supernet, record in self.supernets()
         ]  # fmt: skip
         return self.records("gain", configs, measure_gain)
 
-    def scores(self, genotypes: Sequence[Genotype]) -> list[Record]:
+    def scores(self, genotypes: Sequence[Genotype], snapshot: int = -1) -> list[Record]:
         """Accuracy of genotypes with shared weights, one record a supernet."""
-        configs = [ScoreConfig(c, r.key, tuple(genotypes)) for c, r in self.supernets()]
+        configs = [ScoreConfig(c, r.key, tuple(genotypes), snapshot) for c, r in self.supernets()]
         return self.records("score", configs, score_genotypes)
 
     def derived(
@@ -796,18 +807,19 @@ def _of(
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Genotypes to score with one supernet's weights."""
+    """Genotypes to score with one supernet's weights, its ``snapshot``."""
 
     supernet: SupernetConfig
     supernet_key: str
     genotypes: tuple[Genotype, ...]
+    snapshot: int = field(default=-1, metadata=ADDED_LATER)
 
 
 def score_genotypes(run: Run) -> dict[str, Any]:
     """Accuracy (0..1) of genotypes on all report images; body of records of kind "score"."""
     config: ScoreConfig = run.config
     report = splits(config.supernet.data).report
-    network = load_supernet(config.supernet, config.supernet_key)
+    network = load_supernet(config.supernet, config.supernet_key, config.snapshot)
     values: list[float] = []
     for start in range(0, len(config.genotypes), GROUP):
         group = config.genotypes[start : start + GROUP]

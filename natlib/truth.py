@@ -29,7 +29,7 @@ from natlib.policy import (
     entropy_terms,
 )
 from natlib.records import Body, Record, Run, RunStore, read_reference
-from natlib.search import policy_step, settings
+from natlib.search import BASELINES, policy_step, settings
 from natlib.tabular import KINDS, Codes, Space, Values, attribute, kind_of
 from natlib.train import stream
 from natlib.transitions import by_name
@@ -163,6 +163,10 @@ class Learner:
     entropy_last: float | None = None
     baseline: str = "rollouts"
 
+    def __post_init__(self) -> None:
+        if self.baseline not in BASELINES:
+            raise NatlibError(f"baseline {self.baseline!r} is not one of {', '.join(BASELINES)}")
+
 
 def untrained(learner: Learner, space: Space, seed: int) -> TablePolicy:
     """Build a learner's policy, freshly initialised."""
@@ -207,7 +211,7 @@ def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[T
         step = policy_step(
             policy, optimizer, training[drawn.numpy()].tolist(), learner.rollouts, reward, baseline,
             _between(learner.entropy_weight, learner.entropy_last, done), 0.99, generator,
-            learner.baseline == "rollouts",
+            learner.baseline == "rollouts", learner.baseline == "released",
         )  # fmt: skip
         baseline = step["baseline"]
     return policy, _mean(seen)
@@ -546,6 +550,30 @@ class Setting:
             found[f"λ = {weight:g}"] = replace(learner, entropy_weight=weight, entropy_last=None)
         found |= {f"{number} updates": replace(learner, updates=number) for number in self.updates}
         return found
+
+    def variants(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Learner]:
+        """Return NAT++ learners that differ from ours in the given fields; ``graph`` is the GCN's.
+
+        Raises NatlibError on a field that a learner does not have.
+        """
+        found = {}
+        for name, changes in given.items():
+            gcn = settings(
+                GCNConfig, {**self.gcn, **{k: changes[k] for k in changes if k == "graph"}}
+            )
+            rest = {k: v for k, v in changes.items() if k != "graph"}
+            found[name] = settings(Learner, {**self.learner, "network": gcn, **rest})
+        return found
+
+    def more(self, base: Study, learners: Mapping[str, Learner], workers: int, scale: str) -> Study:
+        """Return a study with further learners, on the same seeds and held-out inputs."""
+        policies = tuple(learners.items())
+        configs = [
+            TruthConfig(self.space, seed, policies, (), self.held_out, self.samples, self.chosen)
+            for seed in range(self.seeds)
+        ]
+        found, _ = _records("truth", self.space, configs, study, workers, scale)
+        return Study([*base.records, *found], base.source)
 
     def study(self, workers: int, scale: str, space: str = "", varied: bool = True) -> Study:
         """Return the study of this space, or of another, computing what is not recorded.
