@@ -30,6 +30,7 @@ LAYERS = [
     {"search"},
     {"truth"},
     {"report"},
+    {"compare", "ablation"},
 ]
 LEAVES = {"data", "records"}
 
@@ -56,7 +57,7 @@ def loaded_after_each(names: list[str], watched: set[str]) -> dict[str, list[str
 def test_importing_natlib_brings_nothing_that_only_pictures_or_downloads_need() -> None:
     # Modules that draw, or stand on one that does, are for notebooks.
     core = [m for m in MODULES if m not in DRAW and not own_imports(m) & DRAW]
-    assert set().union(*LAYERS[:-1]) | LEAVES <= set(core)
+    assert set().union(*LAYERS[:-2]) | LEAVES <= set(core)
     names = ["natlib", *(f"natlib.{m}" for m in core)]
     assert loaded_after_each(names, HEAVY) == {name: [] for name in names}
 
@@ -80,7 +81,7 @@ def test_imports_go_one_way() -> None:
         assert not above, f"natlib.{module} imports {above}"
     for leaf in LEAVES:
         assert not own_imports(leaf) & (set(level) - {"errors"})
-    assert not [m for m in MODULES if "report" in own_imports(m)]
+    assert [m for m in MODULES if "report" in own_imports(m)] == ["ablation", "compare"]
 
 
 DRAWS = {"rand", "randn", "randint", "randperm", "multinomial", "bernoulli", "normal"}
