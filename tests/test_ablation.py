@@ -44,7 +44,7 @@ def test_representations_compute_and_cost_the_same(name: str) -> None:
     outputs = []
     for graph in graphs.values():
         assert network_cost(graph, macro) == network_cost(original, macro)
-        outputs.append(CellNetwork(macro, graph, generator=generator(0))(images))
+        outputs.append(CellNetwork(macro, genotype=graph, generator=generator(0))(images))
     assert all(torch.allclose(out, outputs[0], atol=1e-4) for out in outputs)
 
 

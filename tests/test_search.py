@@ -342,6 +342,16 @@ def test_baseline_is_a_moving_average_of_the_rewards_themselves() -> None:
     assert baseline > 0.99
 
 
+def test_the_released_baseline_ends_at_half_the_reward() -> None:
+    policy, optimizer = learner()
+    baseline: float | None = 0.0
+    for _ in range(60):
+        out = step(policy, optimizer, lambda b, a: [1.0] * len(a), baseline=baseline,
+                   subtracted=True)  # fmt: skip
+        baseline = out["baseline"]
+    assert baseline == pytest.approx(0.5, abs=1e-3)
+
+
 def test_among_rollouts_what_an_input_leaves_to_gain_does_not_count() -> None:
     policy, optimizer = learner(lr=0.1)
     assert isinstance(policy.logits, nn.Module)

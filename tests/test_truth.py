@@ -295,3 +295,18 @@ def test_masked_probabilities_are_those_of_bm_softmax() -> None:
     _, logits, mask = one.scores(torch.from_numpy(EVERYTHING))
     drawn_from, _ = one._log_probabilities(logits, mask)
     assert torch.allclose(drawn_from.exp(), bm_softmax(logits, mask))
+
+
+def test_variants_differ_in_what_they_name() -> None:
+    setting = truth.Setting(
+        "natbench", 1, 5, ("nat", "natpp"), {"updates": 2}, {"embedding": 8}, {"embedding": 8}
+    )
+    (ours,) = setting.variants({"": {}}).values()
+    found = setting.variants({"a": {"baseline": "released"}, "b": {"graph": "released"}})
+    assert found["a"] == replace(ours, baseline="released")
+    assert isinstance(ours.network, GCNConfig)
+    assert found["b"] == replace(ours, network=replace(ours.network, graph="released"))
+    with pytest.raises(NatlibError, match="unknown setting 'lambda'"):
+        setting.variants({"c": {"lambda": 1}})
+    with pytest.raises(NatlibError, match="baseline 'mean' is not one of"):
+        setting.variants({"c": {"baseline": "mean"}})
