@@ -156,7 +156,7 @@ class _Place(NamedTuple):
     where: str
 
 
-class _Absent(NatlibError):
+class Absent(NatlibError):
     """A data set that cannot be had; ``why`` says so in a few words."""
 
     def __init__(self, name: str, why: str) -> None:
@@ -236,7 +236,7 @@ def _auto(root: str, data: Path) -> str:
     """Return the data set that "auto" stands for, and print which; the arguments key the memory."""
     try:
         place, because = _locate("cifar10"), ""
-    except _Absent as absent:
+    except Absent as absent:
         place, because = _locate("fashion_mnist"), f"; CIFAR-10 cannot be had: {absent.why}"
     print(f"natlib.data: dataset 'auto' is {place.name} ({place.where}{because})")
     return place.name
@@ -254,7 +254,7 @@ def _locate(name: str) -> _Place:
         if place := _search(name):
             return place
     searched = " or ".join(label for label, _ in roots())
-    raise _Absent(name, "; ".join([f"not in {searched}", *failures]))
+    raise Absent(name, "; ".join([f"not in {searched}", *failures]))
 
 
 def roots() -> list[tuple[str, Path]]:

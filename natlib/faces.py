@@ -62,6 +62,15 @@ class Halves:
     judged: Tensor
 
 
+def lacks() -> str:
+    """Say in words that LFW is not there and how to get it; "" where it is."""
+    try:
+        data.load_faces()
+    except data.Absent as error:
+        return str(error)
+    return ""
+
+
 @lru_cache(maxsize=1)
 def _small(size: int) -> tuple[data.Faces, Tensor]:
     faces = data.load_faces()
@@ -138,9 +147,7 @@ def train_faces(run: Run) -> dict[str, Any]:
     judged = data.normalise(images[parts.judged], mean, std)
     inside = torch.isin(faces.fold, torch.tensor(config.held))
     pairs = torch.searchsorted(parts.judged, faces.pairs[inside])
-    found = verification(
-        embeddings(network, judged), pairs, faces.same[inside], faces.fold[inside]
-    )
+    found = verification(embeddings(network, judged), pairs, faces.same[inside], faces.fold[inside])
     cost = network_cost(config.genotype, config.macro)
     return {
         "accuracies": list(found.accuracies),

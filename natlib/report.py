@@ -444,7 +444,7 @@ class Table:
                 text = self._cell(v, form)
                 if isinstance(v, str) and v in VERDICTS:
                     mark, text = f' class="{VERDICTS[v][0]}"', f"{VERDICTS[v][1]} {text}"
-                if c == "notebook":
+                if c == "notebook" and v:
                     # The book's build turns the name into a link that holds on every page.
                     text = f'<a href="{text}.ipynb">{text}</a>'
                 cells.append(f'<td data-label="{escape(c)}"{mark}>{text}</td>')
