@@ -87,7 +87,7 @@ def halves(faces: data.Faces, held: Sequence[int], least: int) -> Halves:
         raise NatlibError(f"folds {list(held)} are held out together; two or more are needed")
     people = faces.images.labels
     inside = torch.isin(faces.fold, torch.tensor(held))
-    judged = faces.pairs[inside].unique()
+    judged = torch.unique(faces.pairs[inside])
     barred = torch.zeros(len(faces.images.classes), dtype=torch.bool)
     barred[people[judged]] = True
     allowed = ~barred & (torch.bincount(people, minlength=len(barred)) >= least)

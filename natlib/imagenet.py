@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from natlib import data
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import Genotype
-from natlib.macro import Macro
+from natlib.macro import BlockMacro, Macro
 from natlib.network import CellNetwork
-from natlib.records import Run
+from natlib.published import PrintedCost, printed_costs
+from natlib.records import Record, Run, RunStore
+from natlib.search import settings
 from natlib.train import device, fit
 
 if TYPE_CHECKING:
@@ -110,16 +113,24 @@ class ImageNet:
     ``split`` is "train" or "val", ``batch`` images at a time, square ones of side ``size``. Batches
     are normalised float32 (B, 3, size, size) in channels-last memory with int64 labels (B,), on the
     compute device. ``workers`` processes decode; by default one for each core but two. ``classes``
-    are the names of the class folders, sorted: labels index them. Raises NatlibError for another
+    are the names of the class folders, sorted: labels index them. ``folder`` takes the place of
+    the found one. Raises NatlibError for another
     split, a batch below 1, and a folder that is missing or has a class without images.
     """
 
-    def __init__(self, split: str, batch: int, size: int = 224, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        split: str,
+        batch: int,
+        size: int = 224,
+        workers: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
         from torchvision.datasets import ImageFolder
 
         if split not in ("train", "val"):
             raise NatlibError(f"split {split!r} is not one of 'train', 'val'")
-        self.folder = data.imagenet_folder() / split
+        self.folder = (folder or data.imagenet_folder()) / split
         try:
             found = ImageFolder(str(self.folder))
         except FileNotFoundError as error:
@@ -239,8 +250,14 @@ def train_imagenet(run: Run) -> dict[str, Any]:
     epoch that a checkpoint holds. Raises NatlibError for a corrupt image, for classes that are not
     the network's or differ between the splits, and if training diverges.
     """
+    return _train(run, data.imagenet_folder())
+
+
+def _train(run: Run, folder: Path) -> dict[str, Any]:
     config: ImageNetConfig = run.config
-    train, val = (ImageNet(s, config.batch, config.macro.image_size) for s in ("train", "val"))
+    train, val = (
+        ImageNet(s, config.batch, config.macro.image_size, folder=folder) for s in ("train", "val")
+    )
     _require_classes(config.macro.classes, train)
     if train.classes != val.classes:
         differ = sorted({*train.classes} ^ {*val.classes})
@@ -256,3 +273,90 @@ def train_imagenet(run: Run) -> dict[str, Any]:
         "params": cost.params,
         "madds": cost.madds,
     }
+
+
+@dataclass(frozen=True)
+class TrialConfig(ImageNetConfig):
+    """A trial of the pipeline on made-up images: ``train_images`` and ``test_images`` of noise."""
+
+    train_images: int = 16
+    test_images: int = 8
+
+
+def try_pipeline(run: Run) -> dict[str, Any]:
+    """Train on a made-up folder of JPEG files; body of records of kind "imagenet_trial".
+
+    Shows that reading, training and judging work, and nothing else: returns what ``train_imagenet``
+    returns without the accuracies, for noise has no classes, and the ``classes`` and ``seconds``.
+    """
+    import numpy as np
+    from PIL import Image as pillow
+
+    config: TrialConfig = run.config
+    draw = np.random.default_rng(config.seed)
+    with tempfile.TemporaryDirectory(prefix="nat-") as made:
+        for split, number in (("train", config.train_images), ("val", config.test_images)):
+            for i in range(number):
+                folder = Path(made) / split / f"n{i % config.macro.classes:08d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                high, wide = (int(n) for n in draw.integers(200, 400, 2))
+                pixels = draw.integers(0, 256, (high, wide, 3), dtype=np.uint8)
+                pillow.fromarray(pixels).save(folder / f"{i}.JPEG")
+        found = _train(run, Path(made))
+    kept = {name: found[name] for name in ("losses", "params", "madds")}
+    return {**kept, "classes": config.macro.classes, "seconds": run.wall_seconds}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks on ImageNet: rows that print costs, a record a seed each; ``trial`` without images.
+
+    ``lacking`` says in words why there are no images, "" where there are.
+    """
+
+    rows: list[PrintedCost]
+    records: list[list[Record]]
+    trial: list[Record]
+    lacking: str
+
+
+def study(
+    networks: Sequence[str], seeds: Sequence[int], training: Mapping[str, Any], trial: bool
+) -> Trained:
+    """Train the published networks of these architectures on ImageNet, with ``training``.
+
+    With ``trial``, or without the images, each is run once on made-up images instead, for one epoch
+    and with ten classes. Raises NatlibError on settings that ``ImageNetConfig`` lacks.
+    """
+    rows = [
+        r for r in printed_costs()
+        if r.network and r.dataset == "ImageNet" and r.architecture in networks
+    ]  # fmt: skip
+    lacking = "this scale has no images of ImageNet" if trial else ""
+    if not trial:
+        try:
+            data.imagenet_folder()
+        except data.Absent as error:
+            lacking = str(error)
+    store = RunStore.default()
+    configs = []
+    for row in rows:
+        assert row.network is not None
+        genotype, macro = row.network
+        kind = TrialConfig if lacking else ImageNetConfig
+        given = {**training, **({"epochs": 1, "batch": 8} if lacking else {})}
+        if lacking:
+            macro = replace(macro, classes=10)
+        if isinstance(macro, BlockMacro):
+            given["auxiliary"] = 0.0
+        configs += [
+            settings(kind, {"macro": macro, "genotype": genotype, "seed": seed, **given})
+            for seed in (seeds[:1] if lacking else seeds)
+        ]
+    if lacking:
+        made = store.run_many("imagenet_trial", configs, try_pipeline, recipe=1, data="", workers=1)
+        return Trained(rows, [], made, lacking)
+    digest = ImageNet("train", 1).checksum()
+    found = store.run_many("imagenet", configs, train_imagenet, recipe=1, data=digest, workers=1)
+    n = len(seeds)
+    return Trained(rows, [found[i : i + n] for i in range(0, len(found), n)], [], "")
