@@ -477,4 +477,6 @@ def _training(
         {"data": images, "macro": macro, "genotype": genotype, "seed": seed, **size.training},
     )
     # Hand-crafted networks have no place for an auxiliary head, and some no second path.
-    return replace(config, auxiliary=0.0, drop_path=0.0) if isinstance(macro, BlockMacro) else config
+    return (
+        replace(config, auxiliary=0.0, drop_path=0.0) if isinstance(macro, BlockMacro) else config
+    )
