@@ -207,7 +207,7 @@ def estimate(kind: str, config: Any) -> Estimate:
     number = given if isinstance(given, int) else len(given)
     policies = len(getattr(config, "policies", ()))
     if has({"samples"}):
-        methods = policies + (getattr(config, "nao", None) is not None)
+        methods = policies + (getattr(config, "nao", None) is not None) or 1
         images = (config.samples + 1) * methods * whole.data.search + 2 * whole.data.report
     elif has({"genotypes"}):
         methods = 1 + 2 * policies + len(getattr(config, "random", ()))

@@ -30,6 +30,8 @@ from traitlets.config import Config
 
 import natlib
 from natlib import data, estimate, imagenet, records, train, zoo
+from natlib.ablation import LEARNERS
+from natlib.compare import TITLES
 from natlib.files import write_json
 from natlib.genotype import Genotype
 
@@ -81,9 +83,10 @@ def results(kind: str, config: Any, given: dict[Genotype, int]) -> Any:
             for name, g in config.genotypes
         }
     if kind == "rewrite":
-        from natlib.compare import TITLES
-
-        methods = [TITLES.get(rule, rule) for rule in rules] + ["NAO"] * (config.nao is not None)
+        methods = LEARNERS
+        if hasattr(config, "policies"):
+            nao = ("NAO",) * (config.nao is not None)
+            methods = (*(TITLES.get(rule, rule) for rule in rules), *nao)
         return {m: {"genotype": other(config.genotype, given), "changed": True} for m in methods}
     return StandIn(config)
 
