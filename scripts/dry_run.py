@@ -17,6 +17,7 @@ import signal
 import tempfile
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ from traitlets.config import Config
 
 import natlib
 from natlib import data, estimate, imagenet, records, train, zoo
+from natlib.ablation import LEARNERS
+from natlib.compare import TITLES
 from natlib.files import write_json
+from natlib.genotype import Genotype
 
 SHAPES = {"cifar10": (10, 3), "cifar100": (100, 3), "fashion_mnist": (10, 1)}
 SECONDS = 2
@@ -54,19 +58,36 @@ class StandIn:
         return 0.5
 
 
-def results(kind: str, config: Any) -> Any:
+def other(genotype: Genotype, given: dict[Genotype, int]) -> dict[str, Any]:
+    """Return a genotype of the same cost that is another, as JSON: edges of a node change places.
+
+    ``given`` counts how many were made of each, so that rewritings of several seeds differ too.
+    """
+    number = given[genotype] = given.get(genotype, 0) + 1
+    cells = []
+    for _, cell in genotype.cells:
+        edges: list[Any] = []
+        for group in cell.in_edges:
+            number, turned = divmod(number, 2)
+            edges += group[::-1] if turned else group
+        cells.append(replace(cell, edges=tuple(edges)))
+    return Genotype(*cells).to_json()
+
+
+def results(kind: str, config: Any, given: dict[Genotype, int]) -> Any:
     """Return a stand-in of what a record holds; what decides on further networks has its shape."""
     rules = [c.transitions for c, _ in getattr(config, "policies", ())]
     if kind == "derive":
-        named = dict(config.genotypes)
-        same: Any = {name: {"genotype": g.to_json(), "changed": False} for name, g in named.items()}
-        return {name: {rule: same[name] for rule in rules} for name in named}
+        return {
+            name: {rule: {"genotype": other(g, given), "changed": True} for rule in rules}
+            for name, g in config.genotypes
+        }
     if kind == "rewrite":
-        from natlib.compare import TITLES
-
-        methods = [TITLES.get(rule, rule) for rule in rules] + ["NAO"] * (config.nao is not None)
-        same = {"genotype": config.genotype.to_json(), "changed": False}
-        return {method: same for method in methods}
+        methods = LEARNERS
+        if hasattr(config, "policies"):
+            nao = ("NAO",) * (config.nao is not None)
+            methods = (*(TITLES.get(rule, rule) for rule in rules), *nao)
+        return {m: {"genotype": other(config.genotype, given), "changed": True} for m in methods}
     return StandIn(config)
 
 
@@ -76,6 +97,8 @@ class Asked:
     def __init__(self) -> None:
         self.found: dict[str, tuple[str, str, Any]] = {}
         self.notebook = ""
+        self.given: dict[Genotype, int] = {}
+        self.results: dict[str, Any] = {}
 
     def many(
         self, store: Any, kind: str, configs: Sequence[Any], body: Any, **how: Any
@@ -85,9 +108,11 @@ class Asked:
         keys = [store.key(kind, config, **how) for config in configs]
         for key, config in zip(keys, configs, strict=True):
             self.found.setdefault(key, (self.notebook, kind, config))
+            if key not in self.results:
+                self.results[key] = results(kind, config, self.given)
         return [
             records.Record(
-                kind, key, 1, records.as_json(config), "", {}, results(kind, config), {}, {}, Path()
+                kind, key, 1, records.as_json(config), "", {}, self.results[key], {}, {}, Path()
             )
             for key, config in zip(keys, configs, strict=True)
         ]
@@ -253,8 +278,8 @@ def main() -> int:
     print("  (600 epochs of DARTS in about 24 h: issue 80 of quark0/darts); not measured here.")
     print("Memory: peak of one worker, weights, gradients, momentum, activations, images.")
     print(f"Disk: weights and checkpoints; with the data {whole}. A network that rewriting will")
-    print("  choose is counted as its input, which it may not exceed. Records are counted once,")
-    print("  at the first notebook that asks for them.")
+    print("  choose is counted at the cost of its input, which it may not exceed. Records are")
+    print("  counted once, at the first notebook that asks for them.")
     if total.unknown:
         print(f"Not estimated: records of kind {', '.join(total.unknown)}.")
     if arguments.json:
