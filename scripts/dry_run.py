@@ -272,7 +272,7 @@ def main() -> int:
         print("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]))
     whole = size(total.disk + estimate.data_bytes(configs))
     print(
-        f"{len(total.networks)} networks, each cost built at full size without memory: parameters are"
+        f"{len(total.networks)} networks, each cost built at full size without memory: params are"
     )
     print(f"  those of natlib.cost, for {len(total.published)} networks the printed ones too.")
     print("GPU-hours: MAdds x images x epochs x 3 (evaluations x 1) at the "
