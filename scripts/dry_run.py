@@ -271,8 +271,10 @@ def main() -> int:
     for row in [head, *rows]:
         print("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]))
     whole = size(total.disk + estimate.data_bytes(configs))
-    print(f"{len(total.networks)} networks built at full size without memory; their parameters are")
-    print(f"  those of natlib.cost, {len(total.published)} of them equal to printed ones.")
+    print(
+        f"{len(total.networks)} networks, each cost built at full size without memory: params are"
+    )
+    print(f"  those of natlib.cost, for {len(total.published)} networks the printed ones too.")
     print("GPU-hours: MAdds x images x epochs x 3 (evaluations x 1) at the "
           f"{estimate.RATE / 1e9:,.0f} G MAdds/s of one V100")  # fmt: skip
     print("  (600 epochs of DARTS in about 24 h: issue 80 of quark0/darts); not measured here.")
