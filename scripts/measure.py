@@ -215,6 +215,13 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     return PowerLaw(slope, math.exp(float(b.mean() - slope * a.mean())), error, last)
 
 
+def _forking() -> Any:
+    """Return a context whose processes are forked from one that has imported what takes seconds."""
+    context: Any = get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "natlib.search", "nbformat"])
+    return context
+
+
 # Another process -----------------------------------------------------------------------------
 
 
@@ -227,7 +234,7 @@ class Elsewhere:
     """
 
     def __init__(self, make: Callable[..., Sequence[Work]], *arguments: Any) -> None:
-        context = get_context("spawn")
+        context = _forking()
         self._here, there = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(there, make, arguments, torch.get_num_threads()), daemon=True
@@ -295,12 +302,9 @@ def processes(count: int, *, fresh: bool = False, forked: bool = True) -> Proces
     import ``torch._dynamo``) and computed nothing; code that it shares with them is not in their
     resident memory. Without ``forked`` they import everything themselves, and it is.
     """
-    context: Any = get_context("forkserver" if forked else "spawn")
-    if forked:
-        context.set_forkserver_preload(["torch._dynamo", "natlib.search", "nbformat"])
     return ProcessPoolExecutor(
         count,
-        mp_context=context,
+        mp_context=_forking() if forked else get_context("spawn"),
         initializer=torch.set_num_threads,
         initargs=(1,),
         max_tasks_per_child=1 if fresh else None,

@@ -41,7 +41,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
         env={**os.environ, "NATLIB_RUNS": str(runs)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert [p.name for p in runs.iterdir()] == ["bench.json"]  # no temporary file is left
