@@ -29,7 +29,7 @@ from natlib.network import CellNetwork
 from natlib.published import PrintedCost, printed_costs
 from natlib.records import Record, Run, RunStore
 from natlib.search import settings
-from natlib.train import device, fit
+from natlib.train import device, fit, stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -289,19 +289,18 @@ def try_pipeline(run: Run) -> dict[str, Any]:
     Shows that reading, training and judging work, and nothing else: returns what ``train_imagenet``
     returns without the accuracies, for noise has no classes, and the ``classes`` and ``seconds``.
     """
-    import numpy as np
     from PIL import Image as pillow
 
     config: TrialConfig = run.config
-    draw = np.random.default_rng(config.seed)
+    draw = stream(config.seed, "images")
     with tempfile.TemporaryDirectory(prefix="nat-") as made:
         for split, number in (("train", config.train_images), ("val", config.test_images)):
             for i in range(number):
                 folder = Path(made) / split / f"n{i % config.macro.classes:08d}"
                 folder.mkdir(parents=True, exist_ok=True)
-                high, wide = (int(n) for n in draw.integers(200, 400, 2))
-                pixels = draw.integers(0, 256, (high, wide, 3), dtype=np.uint8)
-                pillow.fromarray(pixels).save(folder / f"{i}.JPEG")
+                high, wide = torch.randint(200, 400, (2,), generator=draw).tolist()
+                pixels = torch.randint(256, (high, wide, 3), dtype=torch.uint8, generator=draw)
+                pillow.fromarray(pixels.numpy()).save(folder / f"{i}.JPEG")
         found = _train(run, Path(made))
     kept = {name: found[name] for name in ("losses", "params", "madds")}
     return {**kept, "classes": config.macro.classes, "seconds": run.wall_seconds}
