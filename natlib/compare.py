@@ -220,13 +220,13 @@ def released(names: Iterable[str], seeds: int) -> dict[str, dict[str, list[Genot
 def transfer_target(source: str) -> str:
     """Another data set than ``source`` that can be had: CIFAR-100 if possible, ``source`` if none.
 
-    A page must say which it is.
+    A page must say which it is. Raises NatlibError on one that is there but damaged.
     """
     for name in ("cifar100", "cifar10", "fashion_mnist"):
         if name != source:
             try:
                 return data.load(name).name
-            except NatlibError:
+            except data.Absent:
                 continue
     return source
 

@@ -16,7 +16,7 @@ from natlib.cost import auxiliary_cost, network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Genotype
 from natlib.macro import BlockMacro, ImageNetMacro, Macro, MacroConfig
-from natlib.network import CellNetwork
+from natlib.network import CellNetwork, parameter_count
 from natlib.policy import build_logits
 from natlib.primitives import primitive
 from natlib.published import printed_costs
@@ -98,7 +98,7 @@ def supernet_parameters(macro: MacroConfig, nodes: int, primitives: Sequence[str
 
 def _agree(what: str, built: nn.Module, formula: int) -> int:
     """Count the parameters of a network; raise NatlibError where they are not ``formula``."""
-    count = sum(p.numel() for p in built.parameters())
+    count = parameter_count(built.parameters())
     if count != formula:
         raise NatlibError(f"{what} has {count} parameters when built, {formula} by natlib.cost")
     return count
@@ -195,7 +195,7 @@ def estimate(kind: str, config: Any) -> Estimate:
         rule = by_name(config.transitions, whole.space.primitives)
         logits = build_logits(len(rule.primitives), config.gcn, torch.Generator().manual_seed(0))
         assert isinstance(logits, nn.Module)
-        policy = sum(p.numel() for p in logits.parameters())
+        policy = parameter_count(logits.parameters())
         looks = config.updates * config.architectures * (1 + config.rollouts)
         return found + Estimate(
             {config.gcn: policy},
