@@ -353,7 +353,7 @@ def study(
             for seed in (seeds[:1] if lacking else seeds)
         ]
     if lacking:
-        made = store.run_many("imagenet_trial", configs, try_pipeline, recipe=1, data="", workers=1)
+        made = store.run_many("imagenet_trial", configs, try_pipeline, recipe=2, data="", workers=1)
         return Trained(rows, [], made, lacking)
     digest = ImageNet("train", 1).checksum()
     found = store.run_many("imagenet", configs, train_imagenet, recipe=1, data=digest, workers=1)
