@@ -3,7 +3,9 @@
 
 SCALE   ?= reduced
 DATASET ?= auto
-WORKERS ?=
+# A smoke notebook's records take seconds, as starting a worker process does.
+WORKERS ?= $(if $(filter smoke,$(SCALE)),1)
+NOTEBOOKS ?= 2
 FRESH   ?= 0
 DRY_RUN ?= 0
 PYTHON  ?= python3
@@ -17,7 +19,7 @@ PY     := .venv/bin/python
 SETUP  := .venv/installed
 SCALES := smoke reduced extended paper
 GRAPH   = $(PY) scripts/graph.py --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS))
-EXECUTE = $(MAKE) --no-print-directory -f .make/graph.mk
+EXECUTE = $(MAKE) --no-print-directory -j $(NOTEBOOKS) -f .make/graph.mk
 
 # The runner ends when this make was killed.
 export NATLIB_MAKE := $(shell echo $$PPID)
@@ -51,6 +53,7 @@ help: ## print this list
 	@echo "  SCALE=reduced   smoke (minutes), reduced, extended (hours), paper (published settings, GPU)"
 	@echo "  DATASET=auto    cifar10, cifar100, fashion_mnist; auto: cifar10 where it can be had"
 	@echo "  WORKERS=n       worker processes in a notebook (default: one a core)"
+	@echo "  NOTEBOOKS=2     notebooks that run side by side"
 	@echo "  FRESH=1         compute again what is recorded"
 	@echo "  DRY_RUN=1       with reproduce: only say what SCALE will cost (GPU-hours, memory, disk)"
 	@echo "  PYTHON=python3  the Python that .venv is made with"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from natlib.allocation import allocate, embedding
 from natlib.errors import NatlibError
 from natlib.genotype import Genotype
 from natlib.transitions import Transitions, edge_stride
@@ -362,7 +363,7 @@ class NAO(nn.Module):
         h = config.hidden
         with torch.device("meta"):
             # The last one starts what is decoded.
-            self.token = nn.Embedding(vocabulary + 1, config.embedding)
+            self.token = embedding(vocabulary + 1, config.embedding)
             self.encoder = nn.LSTM(config.embedding, h, batch_first=True)
             self.predictor = nn.Sequential(
                 nn.Linear(h, config.predictor), nn.ReLU(), nn.Linear(config.predictor, 1)
@@ -370,7 +371,7 @@ class NAO(nn.Module):
             self.decoder = nn.LSTM(config.embedding, h, batch_first=True)
             self.mix = nn.Linear(2 * h, h)
             self.head = nn.Linear(h, vocabulary)
-        self.to_empty(device="cpu")
+        allocate(self, "cpu")
         generator = generator or torch.Generator().manual_seed(0)
         with torch.no_grad():
             for weight in self.parameters():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from natlib.allocation import allocate
 from natlib.cost import layers_cost
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
@@ -356,7 +357,7 @@ class CellNetwork(nn.Module):
             self.classifier = nn.Linear(last, macro.classes)
             if self.auxiliary_behind is not None:
                 self._build_auxiliary(macro, behind)
-        self.to_empty(device=device)
+        allocate(self, device)
         self.reset(generator)
         self.to(memory_format=torch.channels_last)
 

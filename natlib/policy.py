@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from natlib.allocation import allocate, embedding
 from natlib.errors import NatlibError
 from natlib.genotype import INPUTS, Genotype
 from natlib.transitions import Transitions
@@ -237,14 +238,14 @@ class GCNLogits(nn.Module):
         self.config, self.primitives = config, primitives
         e, d = config.embedding, config.degree
         with torch.device("meta"):
-            self.edge = nn.Embedding(d * primitives, e)
-            self.input = nn.Embedding(INPUTS, d * e)
-            self.kind = nn.Embedding(2, d * e)
+            self.edge = embedding(d * primitives, e)
+            self.input = embedding(INPUTS, d * e)
+            self.kind = embedding(2, d * e)
             self.project = nn.Linear(d * e, config.feature)
             self.first = nn.Linear(config.feature, config.hidden, bias=False)
             self.second = nn.Linear(config.hidden, config.hidden, bias=False)
             self.head = nn.Linear(config.hidden, d * primitives)
-        self.to_empty(device="cpu")
+        allocate(self, "cpu")
         _draw_weights(self, ("edge", "input", "kind"), 6.0, generator)
 
     def adjacency(self, batch: CellBatch) -> Tensor:
@@ -353,14 +354,14 @@ class LSTMLogits(nn.Module):
         super().__init__()
         self.config, self.primitives = config, primitives
         with torch.device("meta"):
-            self.edge = nn.Embedding(primitives, config.embedding)
-            self.kind = nn.Embedding(2, config.embedding)
+            self.edge = embedding(primitives, config.embedding)
+            self.kind = embedding(2, config.embedding)
             self.place = nn.Linear(4 * len(WAVES), config.embedding, bias=False)
             self.lstm = nn.LSTM(
                 config.embedding, config.hidden, batch_first=True, bidirectional=True
             )
             self.head = nn.Linear(2 * config.hidden, primitives)
-        self.to_empty(device="cpu")
+        allocate(self, "cpu")
         _draw_weights(self, ("edge", "kind"), 3.0, generator)
 
     def forward(self, batch: CellBatch) -> Tensor:

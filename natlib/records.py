@@ -29,7 +29,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, set_forkserver_preload
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
@@ -356,8 +356,8 @@ class RunStore:
     def _compute_in(
         self, workers: int, jobs: Sequence[Job], watch: Watch | None = None
     ) -> dict[str, Record]:
-        """Compute the records of ``jobs`` in up to ``workers`` spawned processes."""
-        context = get_context("spawn")
+        """Compute the records of ``jobs`` in up to ``workers`` processes of their own."""
+        context = _forkserver(jobs[0].body.__module__)
         # The workers read from a pipe that nobody writes to: it ends when this process closes it
         # or dies in any way, and they end with it.
         theirs, ours = context.Pipe(duplex=False)
@@ -365,7 +365,7 @@ class RunStore:
             min(workers, len(jobs)),
             context,
             initializer=_start_worker,
-            initargs=(theirs, self.threads),
+            initargs=(theirs, self.threads, dict(os.environ)),
         )
         done: dict[str, Record] = {}
         errors: list[tuple[Job, Exception]] = []
@@ -636,9 +636,27 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _start_worker(lifeline: Connection, threads: int) -> None:
-    """Prepare a worker process: its threads, and that it ends with the process that started it."""
+def _forkserver(module: str) -> Any:
+    """Return the context of worker processes, which a server forks that has imported ``module``.
+
+    Importing torch takes seconds: the server does it once, spawned workers would each do it again.
+    The server never computes, so forking it is safe where forking this process, with its threads
+    and perhaps a GPU, is not.
+    """
+    # Optimizers import torch._dynamo. A server that runs already does not heed this.
+    set_forkserver_preload(["torch._dynamo", module])
+    return get_context("forkserver")
+
+
+def _start_worker(lifeline: Connection, threads: int, environment: Mapping[str, str]) -> None:
+    """Prepare a worker process: threads, environment, that it ends with the one that started it.
+
+    The server's environment is the one of its own start.
+    """
     import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
 
     def wait_for_the_end() -> None:
         with contextlib.suppress(EOFError, OSError):
