@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from typing import Any
 
@@ -147,16 +148,19 @@ class _Layout:
     size: tuple[float, float]
 
 
+@cache
+def _label_width(text: str) -> float:
+    """Width of an edge's label in points; tracing its outline takes milliseconds."""
+    outline = TextPath((0, 0), text, size=_FONT, prop=FontProperties(weight="bold"))
+    return float(outline.get_extents().width)
+
+
 def _layout(cell: Cell, changed: frozenset[int], width: float) -> _Layout:
     depth = {n: 0 for n in range(INPUTS)}
     for e in cell.edges:
         depth[e.target] = max(depth.get(e.target, 0), depth[e.source] + 1)
     columns = max(depth.values())
-    labels = [
-        TextPath((0, 0), short_name(e.primitive), size=_FONT, prop=FontProperties(weight="bold"))
-        for e in cell.edges
-    ]
-    pill = max(float(p.get_extents().width) for p in labels) + 8
+    pill = max(_label_width(short_name(e.primitive)) for e in cell.edges) + 8
     block = pill + 9 + 2 * _RADIUS
     fixed = 2 * _MARGIN + 2 * _RADIUS + columns * block + _OUT
     # Most edges start at the inputs: the first gap is the wider one.
