@@ -20,8 +20,11 @@ NOTEBOOKS = list(yaml.safe_load((REPOSITORY / "experiments.yml").read_text()))
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project's files, with the environment and the data linked in."""
-    if not (REPOSITORY / ".venv" / "installed").exists():
-        pytest.skip("needs the project's own .venv (make setup)")
+    installed = REPOSITORY / ".venv" / "installed"
+    needed = [REPOSITORY / name for name in ("pyproject.toml", "constraints.txt")]
+    # With an older one, make would install the copy into the project's own environment.
+    if not installed.exists() or installed.stat().st_mtime < max(f.stat().st_mtime for f in needed):
+        pytest.skip("needs the project's own .venv, up to date (make setup)")
     root = tmp_path_factory.mktemp("project")
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"],
