@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def main() -> int:
     write_text(STATE / "graph.mk", "\n".join(rules) + "\n")
     minutes = sum(experiments[name].minutes.get(scale, 0) for name in names)
     print(f"{len(names)} notebooks at scale {scale}", end="")
-    about = f"{minutes:g} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+    about = f"{math.ceil(minutes)} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     print(f", about {about} in all on two cores if nothing is recorded yet" * (minutes > 0))
     return 0
 
