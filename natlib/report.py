@@ -7,6 +7,7 @@ drawings of cells and transition rules (``natlib.drawing``) can be had from here
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -398,14 +399,14 @@ class Table:
     """A data frame shown as an HTML table that scrolls sideways where it does not fit.
 
     ``formats`` maps column names to format specifications for their numbers (``".2f"``);
-    ``stacked`` tables of the book turn their rows into cards on a phone. Verdicts get a sign and
-    names in a column "notebook" become links.
+    ``stacked`` tables of the book turn their rows into cards on a phone (None: those of four columns
+    and more). Verdicts get a sign and names in a column "notebook" become links.
     """
 
     frame: pd.DataFrame
     caption: str = ""
     formats: Mapping[str, str] | None = None
-    stacked: bool = False
+    stacked: bool | None = None
 
     def _format(self, column: str) -> str:
         """Return the format of a column's numbers: as many decimals as the column needs."""
@@ -422,11 +423,13 @@ class Table:
             return "–"
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
-        return (
-            format(value, form)
-            if isinstance(value, int | float | np.number)
-            else escape(str(value))
+        if isinstance(value, int | float | np.number):
+            return format(value, form)
+        # An interval and its n break before or after, not inside.
+        whole = re.sub(
+            r"\[[^][]*\]|\(n = \d+\)", lambda m: m[0].replace(" ", "\N{NO-BREAK SPACE}"), str(value)
         )
+        return escape(whole)
 
     def _repr_html_(self) -> str:
         columns = [str(c) for c in self.frame.columns]
@@ -450,11 +453,12 @@ class Table:
                 cells.append(f'<td data-label="{escape(c)}"{mark}>{text}</td>')
             # The line ends keep neighbours apart in the book's search index.
             body.append("<tr>" + "\n".join(cells) + "</tr>")
+        stacked = len(columns) > 3 if self.stacked is None else self.stacked
         caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
         label = f' role="region" aria-label="{escape(self.caption)}"' if self.caption else ""
         return (
             f'<div class="natlib-table" style="overflow-x:auto" tabindex="0"{label}>'
-            f'<table class="natlib{" stacked" if self.stacked else ""}">{caption}'
+            f'<table class="natlib{" stacked" if stacked else ""}">{caption}'
             f"<thead><tr>{head}</tr></thead><tbody>{chr(10).join(body)}</tbody></table></div>"
         )
 
