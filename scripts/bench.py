@@ -303,7 +303,7 @@ def training_steps(
 
     def ours(genotype: Genotype) -> None:
         logits = network(images, None if standalone else genotype)
-        sgd_step(network, optimizer, F.cross_entropy(logits, labels), RATE, CLIP)
+        sgd_step(optimizer, F.cross_entropy(logits, labels), RATE, CLIP)
 
     def literal(genotype: Genotype) -> None:
         loss = F.cross_entropy(plain_forward(network, images, genotype), labels)

@@ -293,7 +293,7 @@ def test_a_step_is_clipped_gradient_descent_with_momentum_and_decay() -> None:
     weight, velocity = network.weight.detach().clone(), torch.zeros(1, 3)
     for lr in (0.5, 0.25):
         loss = (network.weight * torch.tensor([[30.0, 40.0, 0.0]])).sum()
-        sgd_step(network, optimizer, loss, lr, clip=5.0)  # type: ignore[arg-type]
+        sgd_step(optimizer, loss, lr, clip=5.0)
         gradient = torch.tensor([[3.0, 4.0, 0.0]]) + 0.1 * weight
         velocity = 0.9 * velocity + gradient
         weight = weight - lr * velocity
