@@ -399,8 +399,8 @@ class Table:
     """A data frame shown as an HTML table that scrolls sideways where it does not fit.
 
     ``formats`` maps column names to format specifications for their numbers (``".2f"``);
-    ``stacked`` tables of the book turn their rows into cards on a phone (None: those of four columns
-    and more). Verdicts get a sign and names in a column "notebook" become links.
+    ``stacked`` tables of the book turn their rows into cards on a phone (None: those of four
+    columns and more). Verdicts get a sign and names in a column "notebook" become links.
     """
 
     frame: pd.DataFrame
