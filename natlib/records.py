@@ -357,7 +357,7 @@ class RunStore:
         self, workers: int, jobs: Sequence[Job], watch: Watch | None = None
     ) -> dict[str, Record]:
         """Compute the records of ``jobs`` in up to ``workers`` processes of their own."""
-        context = _forkserver(jobs[0].body.__module__)
+        context = forkserver(jobs[0].body.__module__)
         # The workers read from a pipe that nobody writes to: it ends when this process closes it
         # or dies in any way, and they end with it.
         theirs, ours = context.Pipe(duplex=False)
@@ -636,15 +636,15 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _forkserver(module: str) -> Any:
-    """Return the context of worker processes, which a server forks that has imported ``module``.
+def forkserver(*modules: str) -> Any:
+    """Return the context of worker processes, which a server forks that has imported ``modules``.
 
     Importing torch takes seconds: the server does it once, spawned workers would each do it again.
     The server never computes, so forking it is safe where forking this process, with its threads
     and perhaps a GPU, is not.
     """
     # Optimizers import torch._dynamo. A server that runs already does not heed this.
-    set_forkserver_preload(["torch._dynamo", module])
+    set_forkserver_preload(["torch._dynamo", *modules])
     return get_context("forkserver")
 
 

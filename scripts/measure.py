@@ -21,7 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from natlib import NatlibError
-from natlib.records import peak_memory_mb, reset_peak_memory
+from natlib.records import forkserver, peak_memory_mb, reset_peak_memory
+
+IMPORTED = ("natlib.search", "nbformat")
+"""What takes seconds: processes are forked from one that has it."""
 
 Work = Callable[[], object]
 SHORTEST = 0.02
@@ -215,13 +218,6 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     return PowerLaw(slope, math.exp(float(b.mean() - slope * a.mean())), error, last)
 
 
-def _forking() -> Any:
-    """Return a context whose processes are forked from one that has imported what takes seconds."""
-    context: Any = get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "natlib.search", "nbformat"])
-    return context
-
-
 # Another process -----------------------------------------------------------------------------
 
 
@@ -234,7 +230,7 @@ class Elsewhere:
     """
 
     def __init__(self, make: Callable[..., Sequence[Work]], *arguments: Any) -> None:
-        context = _forking()
+        context = forkserver(*IMPORTED)
         self._here, there = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(there, make, arguments, torch.get_num_threads()), daemon=True
@@ -304,7 +300,7 @@ def processes(count: int, *, fresh: bool = False, forked: bool = True) -> Proces
     """
     return ProcessPoolExecutor(
         count,
-        mp_context=_forking() if forked else get_context("spawn"),
+        mp_context=forkserver(*IMPORTED) if forked else get_context("spawn"),
         initializer=torch.set_num_threads,
         initargs=(1,),
         max_tasks_per_child=1 if fresh else None,

@@ -75,7 +75,7 @@ def test_what_says_nothing_is_not_guessed() -> None:
     assert estimate.estimate("other", Other()).unknown == ("other",)
 
 
-@pytest.mark.parametrize("scale", ["paper"])
+@pytest.mark.parametrize("scale", ["smoke", "paper"])
 def test_the_dry_run_estimates_every_notebook_without_data(scale: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NATLIB")}
     command = [sys.executable, "scripts/dry_run.py", "--scale", scale, "--json"]
