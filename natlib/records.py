@@ -338,6 +338,32 @@ class RunStore:
         _note_use(records)
         return records
 
+    def run_or_recall(
+        self,
+        kind: str,
+        configs: Sequence[Any],
+        body: Body,
+        *,
+        recipe: int,
+        data: str,
+        workers: int,
+        lacking: str,
+        scale: str,
+    ) -> tuple[list[Record], str]:
+        """As ``run_many``, unless something is ``lacking``; also say in words where they come from.
+
+        Then records are those that the recorded reference of ``scale`` holds of ``configs``. What
+        is lacking is told in words, "" if nothing.
+        """
+        if not lacking:
+            found = self.run_many(kind, configs, body, recipe=recipe, data=data, workers=workers)
+            return found, "computed on this machine"
+        known = {record.key: record for record in read_reference(scale)}
+        keys = [self.key(kind, c, recipe=recipe, data=data, inputs=None) for c in configs]
+        found = [known[key] for key in keys if key in known]
+        told = "our recorded results" if found else "nothing to show yet"
+        return found, f"{told}, because {lacking}"
+
     def _compute_here(self, jobs: Sequence[Job], watch: Watch | None = None) -> dict[str, Record]:
         """Compute the records of ``jobs`` one after the other in this process."""
         done: dict[str, Record] = {}

@@ -28,7 +28,7 @@ from natlib.policy import (
     draw,
     entropy_terms,
 )
-from natlib.records import Body, Record, Run, RunStore, read_reference
+from natlib.records import Body, Record, Run, RunStore
 from natlib.search import BASELINES, policy_step, settings
 from natlib.tabular import KINDS, Codes, Space, Values, attribute, kind_of
 from natlib.train import stream
@@ -601,16 +601,10 @@ def _records(
     kind: str, space: str, configs: Sequence[Any], body: Body, workers: int, scale: str
 ) -> tuple[list[Record], str]:
     """Compute records, or find them in the reference; say which in words."""
-    store, data = RunStore.default(), tabular.checksum(space)
-    lacking = tabular.lacks(space)
-    if not lacking:
-        found = store.run_many(kind, configs, body, recipe=RECIPE, data=data, workers=workers)
-        return found, "computed on this machine from the whole table"
-    known = {record.key: record for record in read_reference(scale)}
-    keys = [store.key(kind, c, recipe=RECIPE, data=data, inputs=None) for c in configs]
-    found = [known[key] for key in keys if key in known]
-    told = "our recorded results" if found else "nothing to show yet"
-    return found, f"{told}, because {lacking}"
+    return RunStore.default().run_or_recall(
+        kind, configs, body, recipe=RECIPE, data=tabular.checksum(space), workers=workers,
+        lacking=tabular.lacks(space), scale=scale,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
