@@ -25,7 +25,6 @@ from natlib.policy import (
     UniformLogits,
     bm_log_softmax,
     build_logits,
-    draw,
     entropy_terms,
 )
 from natlib.records import Body, Record, Run, RunStore
@@ -55,6 +54,7 @@ class TablePolicy:
         self.allowed = space.allowed(by_name(transitions, space.primitives))
         self.mask = torch.from_numpy(self.allowed)
         self.powers = torch.from_numpy(space.powers.copy())
+        self.edges = torch.arange(len(space.edges))
         targets = [target - INPUTS for _, target in space.edges]
         slots = [targets[:i].count(t) for i, t in enumerate(targets)]
         self.nodes, self.slots = torch.tensor(targets), torch.tensor(slots)
@@ -75,46 +75,41 @@ class TablePolicy:
             torch.zeros(len(digits), dtype=torch.bool),
         )
 
-    def scores(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return digits (B, E), logits and mask (B, E, K) of architectures.
-
-        The network sees each distinct architecture once.
-        """
-        distinct, where = torch.unique(codes, return_inverse=True)
-        k = len(self.space.primitives)
-        digits = distinct[:, None] // self.powers % k
+    def scores(self, digits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and mask (B, E, K) of primitive indexes (B, E)."""
         logits = self.network(self.encode(digits))[:, self.nodes, self.slots]
-        mask = self.mask[torch.arange(digits.shape[1]), digits]
-        return digits[where], logits[where], mask[where]
+        return logits, self.mask[self.edges, digits]
 
     def sample(self, inputs: Sequence[int], generator: torch.Generator) -> Rollout[int]:
-        """Sample one rewriting of each code."""
-        codes = torch.as_tensor(inputs)
-        digits, logits, mask = self.scores(codes)
+        """Sample one rewriting of each code; the network sees each distinct code once."""
+        digits, where = self._distinct(torch.as_tensor(inputs))
+        logits, mask = self.scores(digits)
         drawn_from, logp = self._log_probabilities(logits, mask)
-        actions = draw(drawn_from, generator)
-        entropy = entropy_terms(logp).sum((1, 2))
-        chosen = logp.gather(-1, actions[..., None])[..., 0].sum(1)
-        return Rollout(self._legal(digits, actions, mask).tolist(), chosen, entropy)
+        actions = _drawn(drawn_from, where, generator)
+        entropy = entropy_terms(logp).sum((1, 2))[where]
+        chosen = logp[where[:, None], self.edges, actions].sum(1)
+        return Rollout(self._legal(digits, mask, where, actions).tolist(), chosen, entropy)
 
     @torch.no_grad()
     def draw(self, inputs: Codes, times: int, generator: torch.Generator) -> Codes:
         """Sample rewritings of each code: (len(inputs), times)."""
-        digits, logits, mask = self.scores(torch.from_numpy(inputs).repeat_interleave(times))
-        actions = draw(self._log_probabilities(logits, mask)[0], generator)
-        return np.asarray(self._legal(digits, actions, mask).view(len(inputs), times))
+        digits, where = self._distinct(torch.from_numpy(inputs).repeat_interleave(times))
+        logits, mask = self.scores(digits)
+        actions = _drawn(self._log_probabilities(logits, mask)[0], where, generator)
+        return np.asarray(self._legal(digits, mask, where, actions).view(len(inputs), times))
 
     @torch.no_grad()
     def most_likely(self, inputs: Codes) -> Codes:
         """Return the argmax rewriting of each code (the paper's Maximum-GCN)."""
-        digits, logits, mask = self.scores(torch.from_numpy(inputs))
+        digits, where = self._distinct(torch.from_numpy(inputs))
+        logits, mask = self.scores(digits)
         actions = self._log_probabilities(logits, mask)[0].argmax(-1)
-        return np.asarray(self._legal(digits, actions, mask))
+        return np.asarray(self._legal(digits, mask, where, actions[where]))
 
     @torch.no_grad()
     def accepted(self, inputs: Codes) -> float:
         """Return how likely a draw from the softmax over all primitives is an allowed rewriting."""
-        _, logits, mask = self.scores(torch.from_numpy(inputs))
+        logits, mask = self.scores(torch.from_numpy(self.space.digits(inputs)))
         return float((logits.softmax(-1) * mask).sum(-1).prod(-1).mean())
 
     def _log_probabilities(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +122,29 @@ class TablePolicy:
             return bm_log_softmax(logits, mask), unmasked
         return unmasked, unmasked
 
-    def _legal(self, digits: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
+    def _distinct(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Primitive indexes (D, E) of the distinct ones of codes (B,), and where each stands."""
+        distinct, where = torch.unique(codes, return_inverse=True)
+        return distinct[:, None] // self.powers % len(self.space.primitives), where
+
+    def _legal(self, digits: Tensor, mask: Tensor, where: Tensor, actions: Tensor) -> Tensor:
         """Codes of the actions (B, E), forbidden ones left out."""
-        legal = mask.gather(-1, actions[..., None])[..., 0]
-        return (torch.where(legal, actions, digits) * self.powers).sum(1)
+        legal = mask[where[:, None], self.edges, actions]
+        return (torch.where(legal, actions, digits[where]) * self.powers).sum(1)
+
+
+def _drawn(log_probabilities: Tensor, where: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw (B, E) from rows ``where`` (B,) of log-probabilities (D, E, K); never what is at -inf.
+
+    What is drawn is the first index whose cumulative probability exceeds a uniform number below
+    the last: one number a row, where ``policy.draw`` needs one for each probability.
+    """
+    cumulative = log_probabilities.detach().exp().cumsum(-1)
+    top = cumulative[..., -1]
+    below = torch.nextafter(top, torch.zeros_like(top))
+    uniform = torch.rand(len(where), top.shape[1], generator=generator)
+    at = torch.minimum(uniform * top[where], below[where])
+    return (at[..., None] >= cumulative[where]).sum(-1)
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -478,7 +492,7 @@ def study(run: Run) -> dict[str, Any]:
 
 # Studies -----------------------------------------------------------------------------------------
 
-RECIPE = 1
+RECIPE = 2
 TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
 
 

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natlib import NatlibError, natbench, records, tabular, truth
-from natlib.policy import CellBatch, GCNConfig, LSTMConfig, UniformLogits, bm_softmax
+from natlib.policy import (
+    CellBatch,
+    GCNConfig,
+    LSTMConfig,
+    UniformLogits,
+    bm_log_softmax,
+    bm_softmax,
+)
 from natlib.transitions import by_name
 from natlib.truth import Learner, TablePolicy, TruthConfig
 from tests.made import resumed_equals_uninterrupted
@@ -78,7 +85,8 @@ def test_rejection_draws_as_bm_softmax_does_but_its_gradient_knows_no_mask() -> 
     for masking in ("BMSoftmax", "rejection", "after sampling"):
         one = policy(masking)
         logits = torch.zeros(len(codes), 3, 4, requires_grad=True)
-        digits, _, mask = one.scores(torch.from_numpy(codes))
+        digits = torch.from_numpy(SMALL.digits(codes))
+        _, mask = one.scores(digits)
         _, logp = one._log_probabilities(logits, mask)
         logp.gather(-1, digits[..., None]).sum().backward()  # type: ignore[no-untyped-call]
         assert logits.grad is not None
@@ -86,6 +94,28 @@ def test_rejection_draws_as_bm_softmax_does_but_its_gradient_knows_no_mask() -> 
     assert (gradients["BMSoftmax"] == 0).all()
     assert (gradients["rejection"] != 0).all()
     assert (gradients["after sampling"] != 0).all()
+
+
+@given(st.integers(0, 2**31))
+def test_draws_follow_the_probabilities(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    logits = torch.from_numpy(draw.normal(0, 3, (2, 3, 4)).astype(np.float32))
+    mask = torch.from_numpy(draw.random((2, 3, 4)) < 0.6) | (torch.arange(4) == 1)
+    logp = bm_log_softmax(logits, mask)
+    where = torch.arange(2).repeat(4000)
+    drawn = truth._drawn(logp, where, generator(seed))
+    for row in range(2):
+        counts = torch.nn.functional.one_hot(drawn[where == row], 4).sum(0) / 4000
+        assert torch.allclose(counts, logp[row].exp(), atol=0.05)
+    assert (logp[where].gather(-1, drawn[..., None]) > -np.inf).all()
+
+
+def test_draws_at_the_edges_of_the_unit_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where the uniform number is 0, or rounds up to the whole, still nothing forbidden is drawn.
+    logp = torch.tensor([[[-np.inf, np.log(0.3), np.log(0.7), -np.inf]]])
+    for number, expected in ((0.0, 1), (1.0, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *size, generator, n=number: torch.full(size, n))
+        assert truth._drawn(logp, torch.zeros(1, dtype=torch.long), generator(0)) == expected
 
 
 def test_masking_after_sampling_leaves_forbidden_edges_as_they_were() -> None:
@@ -292,7 +322,7 @@ def test_without_a_table_the_recorded_results_are_shown(
 
 def test_masked_probabilities_are_those_of_bm_softmax() -> None:
     one = policy()
-    _, logits, mask = one.scores(torch.from_numpy(EVERYTHING))
+    logits, mask = one.scores(torch.from_numpy(SMALL.digits(EVERYTHING)))
     drawn_from, _ = one._log_probabilities(logits, mask)
     assert torch.allclose(drawn_from.exp(), bm_softmax(logits, mask))
 
