@@ -17,7 +17,7 @@ from natlib.natbench_build import DATA, MACRO
 from natlib.network import CellNetwork
 from natlib.primitives import PRIMITIVES
 from natlib.records import Record, Run, RunStore
-from natlib.report import RankCorrelation, interval, rank_correlation
+from natlib.report import RankCorrelation, format_interval, interval, rank_correlation
 from natlib.search import settings
 from natlib.tabular import Codes, Space, Values
 from natlib.train import DataConfig, accuracies, device, splits, stream, train_epochs
@@ -172,22 +172,27 @@ def judges(records: Sequence[Record], space: Space, rule: str) -> dict[str, Judg
 
 
 def table(judged: Mapping[str, Judge]) -> pd.DataFrame:
-    """Tabulate judges; where there are several seeds with the 95 % interval over them."""
+    """Tabulate judges: 95 % intervals over seeds, of a correlation with one seed over architectures.
 
-    def cell(values: Sequence[float], digits: int) -> str:
-        if len(values) < 2:
-            return f"{values[0]:.{digits}f} (n = 1)"
-        i = interval(values)
-        return f"{i.mean:.{digits}f} [{i.low:.{digits}f}, {i.high:.{digits}f}] (n = {i.n})"
+    The gain with one seed is exact for this table: it is over all architectures.
+    """
+
+    def correlation(found: Sequence[RankCorrelation]) -> str:
+        if len(found) < 2:
+            (c,) = found
+            return f"{c.rho:.2f} [{c.low:.2f}, {c.high:.2f}] ({c.n:,} architectures)"
+        i = interval([c.rho for c in found])
+        return f"{i.mean:.2f} [{max(-1, i.low):.2f}, {min(1, i.high):.2f}] (n = {i.n} seeds)"
+
+    def gain(found: Sequence[float]) -> str:
+        if len(found) < 2:
+            return f"{100 * found[0]:+.2f}"
+        return format_interval(interval(found), digits=2)
 
     return pd.DataFrame(
         {
             "judge": list(judged),
-            "ρ with test accuracy": [
-                cell([c.rho for c in j.correlations], 2) for j in judged.values()
-            ],
-            "test gain of its choice (points)": [
-                cell([100 * g for g in j.gains], 2) for j in judged.values()
-            ],
+            "ρ with test accuracy": [correlation(j.correlations) for j in judged.values()],
+            "test gain of its choice (points)": [gain(j.gains) for j in judged.values()],
         }
     )

@@ -110,5 +110,8 @@ def test_the_table_says_how_many_seeds_a_judge_has(space: tabular.Space) -> None
     assert found["judge"].tolist() == [
         "supernet", "one training", "both trainings", "params", "MAdds",
     ]  # fmt: skip
-    for column in found.columns[1:]:
-        assert [cell[-7:] for cell in found[column]] == ["(n = 2)"] * 2 + ["(n = 1)"] * 3
+    rho, gain = found.columns[1:]
+    assert [cell.endswith("(n = 2 seeds)") for cell in found[rho]] == [True] * 2 + [False] * 3
+    n = len({e.trained_as for e in natbench_table().entries})
+    assert [f"({n:,} architectures)" in cell for cell in found[rho]] == [False] * 2 + [True] * 3
+    assert ["(n = 2)" in cell for cell in found[gain]] == [True] * 2 + [False] * 3
