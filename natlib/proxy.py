@@ -172,7 +172,7 @@ def judges(records: Sequence[Record], space: Space, rule: str) -> dict[str, Judg
 
 
 def table(judged: Mapping[str, Judge]) -> pd.DataFrame:
-    """Tabulate judges: 95 % intervals over seeds, of a correlation with one seed over architectures.
+    """Tabulate judges, with 95 % intervals over seeds, of one seed over architectures.
 
     The gain with one seed is exact for this table: it is over all architectures.
     """
