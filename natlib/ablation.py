@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from natlib.records import Record, Run
 from natlib.report import Interval, format_interval
 from natlib.search import (
     PolicyConfig,
+    Scores,
     Setting,
     SpaceConfig,
     SupernetConfig,
@@ -233,7 +233,7 @@ def rewrite_by_learners(run: Run) -> dict[str, Any]:
         "LSTM": load_policy(*config.lstm),
         "Sampling-GCN": gcn,
     }
-    score = partial(accuracies, network, parts.search.normalised, parts.search.labels)
+    score = Scores(network, parts.search)
     (likely,) = gcn.most_likely([before])
     limit = Budget.of(network_cost(before, config.macro))
     chosen = {"Maximum-GCN": likely if limit.allows(likely, config.macro) else before}

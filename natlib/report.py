@@ -398,7 +398,8 @@ def plot_plane(points: ArrayLike, front: ArrayLike, title: str = "") -> Chart:
 class Table:
     """A data frame shown as an HTML table that scrolls sideways where it does not fit.
 
-    ``formats`` maps column names to format specifications for their numbers (``".2f"``);
+    ``formats`` maps column names to format specifications for their numbers (``".2f"``); columns
+    "p" and "p (...)" hold p-values.
     ``stacked`` tables of the book turn their rows into cards on a phone (None: those of four
     columns and more). Verdicts get a sign and names in a column "notebook" become links.
     """
@@ -412,6 +413,8 @@ class Table:
         """Return the format of a column's numbers: as many decimals as the column needs."""
         if self.formats and column in self.formats:
             return self.formats[column]
+        if column == "p" or column.startswith("p ("):
+            return "p"
         numbers = [v for v in self.frame[column] if not isinstance(v, str) and pd.notna(v)]
         for digits in range(4):
             if all(abs(v - round(v, digits)) < 1e-9 for v in numbers):
@@ -423,6 +426,8 @@ class Table:
             return "–"
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
+        if form == "p":
+            return "&lt; 0.001" if value < 0.001 else format(value, ".3f")
         if isinstance(value, int | float | np.number):
             return format(value, form)
         # An interval and its n break before or after, not inside.

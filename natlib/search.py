@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -220,14 +221,37 @@ class PolicyConfig:
 def load_supernet(config: SupernetConfig, key: str, snapshot: int = -1) -> CellNetwork:
     """Rebuild a trained supernet from its record, ``snapshot`` counted as in a list.
 
-    Raises NatlibError if the record is not there.
+    The last one is kept, and shared by who asks for it again: leave it as it is. Raises NatlibError
+    if the record is not there.
     """
     record = RunStore.default().find("supernet", key)
     if record is None:
         raise NatlibError(f"there is no supernet record {key}; run the supernet notebook first")
+    name = f"snapshot_{range(config.snapshots)[snapshot]}"
+    return _loaded(config, record.artifact(name), record.artifacts[name].sha256)
+
+
+@lru_cache(maxsize=1)
+def _loaded(config: SupernetConfig, weights: Path, sha256: str) -> CellNetwork:
+    """Build a supernet with the weights in a file, which is known by its checksum as well."""
     network = build_supernet(config)
-    network.load_state_dict(record.load(f"snapshot_{range(config.snapshots)[snapshot]}"))
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return network
+
+
+class Scores:
+    """Accuracy (0..1) of genotypes with a supernet's weights on one part, each computed once."""
+
+    def __init__(self, network: CellNetwork, part: Part) -> None:
+        self.network, self.part = network, part
+        self.known: dict[Genotype, float] = {}
+
+    def __call__(self, genotypes: Sequence[Genotype]) -> list[float]:
+        """Return the accuracies of genotypes, in order."""
+        new = list(dict.fromkeys(g for g in genotypes if g not in self.known))
+        found = accuracies(self.network, self.part.normalised, self.part.labels, new)
+        self.known.update(zip(new, found, strict=True))
+        return [self.known[g] for g in genotypes]
 
 
 def build_policy(config: PolicyConfig) -> Policy:
@@ -597,18 +621,7 @@ def derive_many(run: Run) -> dict[str, Any]:
     macro = config.supernet.macro
     total = len(config.genotypes) * len(config.policies)
     result: dict[str, Any] = {}
-    scores: dict[Genotype, float] = {}
-    reports: dict[Genotype, float] = {}
-
-    def known(
-        values: dict[Genotype, float], part: Part, genotypes: Sequence[Genotype]
-    ) -> list[float]:
-        new = list(dict.fromkeys(g for g in genotypes if g not in values))
-        found = accuracies(network, part.normalised, part.labels, new)
-        values.update(zip(new, found, strict=True))
-        return [values[g] for g in genotypes]
-
-    score = partial(known, scores, parts.search)
+    score, report = Scores(network, parts.search), Scores(network, parts.report)
     policies = [(c.transitions, load_policy(c, key)) for c, key in config.policies]
     for name, genotype in config.genotypes:
         result[name] = {}
@@ -617,7 +630,7 @@ def derive_many(run: Run) -> dict[str, Any]:
             generator = stream(config.seed, "derive", name, rule)
             found = derive(policy, genotype, config.samples, score, macro, generator, config.budget)
             after = network_cost(found.genotype, macro)
-            old, new = known(reports, parts.report, [genotype, found.genotype])
+            old, new = report([genotype, found.genotype])
             result[name][rule] = {
                 "genotype": found.genotype.to_json(),
                 "changed": found.genotype != genotype,

@@ -279,6 +279,14 @@ def test_interval_plot_shows_the_numbers_and_the_zero_line() -> None:
 # Tables
 
 
+def test_p_values_are_written_as_such() -> None:
+    frame = pd.DataFrame({"what": list("abcd"), "p": [1e-9, 0.04, 1.0, float("nan")]})
+    frame["p (Holm)"] = frame["p"]
+    shown = re.findall(r"<td[^>]*>([^<]*)</td>", report.Table(frame)._repr_html_())
+    written = ["&lt; 0.001", "0.040", "1.000", "–"]
+    assert shown == [cell for name, p in zip("abcd", written, strict=True) for cell in (name, p, p)]
+
+
 def test_table_escapes_formats_and_scrolls() -> None:
     frame = pd.DataFrame({"name": ["<b>"], "x": [1.23456], "n": [12345], "gone": [math.nan]})
     html = report.Table(frame, "a & b", {"x": ".2f"})._repr_html_()

@@ -42,6 +42,7 @@ from natlib.search import (
     GainConfig,
     PolicyConfig,
     ScoreConfig,
+    Scores,
     Setting,
     SpaceConfig,
     SupernetConfig,
@@ -60,7 +61,7 @@ from natlib.search import (
     train_supernet,
     transition_probabilities,
 )
-from natlib.train import accuracy, splits, stream
+from natlib.train import accuracies, accuracy, splits, stream
 from natlib.transitions import RULES, by_name, edge_stride
 from natlib.zoo import ZOO
 from tests.made import DATA, load, resumed_equals_uninterrupted, run, same
@@ -220,6 +221,38 @@ def test_supernet_training_learns_and_keeps_its_weights(supernet: Record) -> Non
         assert values == found
     last = load_supernet(SUPERNET, supernet.key)
     assert same(last.state_dict(), supernet.load("snapshot_1"))
+
+
+def test_a_supernet_is_built_once_until_other_weights_are_asked_for(supernet: Record) -> None:
+    last = load_supernet(SUPERNET, supernet.key)
+    assert load_supernet(SUPERNET, supernet.key, 1) is last
+    first = load_supernet(SUPERNET, supernet.key, 0)
+    assert same(first.state_dict(), supernet.load("snapshot_0"))
+    assert load_supernet(SUPERNET, supernet.key) is not last
+    # The same file with other weights is another supernet.
+    file = supernet.artifact("snapshot_1")
+    assert search._loaded(SUPERNET, file, "one") is search._loaded(SUPERNET, file, "one")
+    assert search._loaded(SUPERNET, file, "one") is not search._loaded(SUPERNET, file, "other")
+
+
+def test_scores_are_those_of_each_genotype_computed_once(
+    supernet: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, part = load_supernet(SUPERNET, supernet.key), splits(DATA).search
+    draw = stream(0, "scores")
+    a, b, c = (SPACE.sample(draw) for _ in range(3))
+    expected = [accuracy(network, part.normalised, part.labels, g) for g in (a, b, c)]
+    seen: list[Genotype] = []
+
+    def counted(network: Any, images: Any, labels: Any, genotypes: Sequence[Genotype]) -> Any:
+        seen.extend(genotypes)
+        return accuracies(network, images, labels, genotypes)
+
+    monkeypatch.setattr(search, "accuracies", counted)
+    score = Scores(network, part)
+    assert score([b, a, b]) == [expected[1], expected[0], expected[1]]
+    assert score([c, b]) == [expected[2], expected[1]]
+    assert seen == [b, a, c]
 
 
 @pytest.mark.usefixtures("made_images")
