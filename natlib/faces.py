@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from natlib.macro import MacroConfig
 from natlib.network import CellNetwork
 from natlib.records import Record, Run, RunStore
 from natlib.search import settings
-from natlib.train import EVALUATION_BATCH, device, fit
+from natlib.train import EVALUATION_BATCH, InMemory, device, fit
 from natlib.verification import verification
 
 RECIPE = 1
@@ -97,27 +97,6 @@ def halves(faces: data.Faces, held: Sequence[int], least: int) -> Halves:
     return Halves(train, torch.cumsum(allowed, 0)[people[train]] - 1, judged)
 
 
-@dataclass(frozen=True)
-class _Augmented:
-    """Batches of faces: random crops by an eighth of the side, mirrored half the time."""
-
-    raw: Tensor
-    labels: Tensor
-    batch: int
-    mean: Tensor
-    std: Tensor
-
-    @property
-    def steps(self) -> int:
-        return len(self.labels) // self.batch
-
-    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in data.index_batches(len(self.labels), self.batch, generator):
-            x = data.augment(self.raw[index], generator, pad=self.raw.shape[-1] // 8)
-            x = data.normalise(x, self.mean, self.std)
-            yield x.to(device()), self.labels[index].to(device())
-
-
 @torch.no_grad()
 def embeddings(network: CellNetwork, images: Tensor) -> Tensor:
     """Pooled features (N, D), on the CPU, of normalised images and their mirror images, added.
@@ -142,7 +121,10 @@ def train_faces(run: Run) -> dict[str, Any]:
     parts = halves(faces, config.held, config.least)
     own = images[parts.train].float() / 255
     mean, std = own.mean().reshape(1), own.std().reshape(1)
-    batches = _Augmented(images[parts.train], parts.labels, config.batch, mean, std)
+    where = device()
+    batches = InMemory(
+        images[parts.train].to(where), parts.labels.to(where), mean, std, config.batch
+    )
     network, losses = fit(run, batches)
     judged = data.normalise(images[parts.judged], mean, std)
     inside = torch.isin(faces.fold, torch.tensor(config.held))

@@ -205,12 +205,11 @@ class TrainConfig:
 
 
 def augmented(
-    part: Part, index: Tensor, parts: Splits, generator: torch.Generator, cutout: int = 0
+    raw: Tensor, mean: Tensor, std: Tensor, generator: torch.Generator, cutout: int = 0
 ) -> Tensor:
     """Return a normalised, augmented batch (crop by an eighth of the side, flip, cutout)."""
-    raw = part.raw[index]
     x = data.augment(raw, generator, pad=raw.shape[-1] // 8)
-    x = data.normalise(x, parts.mean, parts.std)
+    x = data.normalise(x, mean, std)
     if cutout:
         x = data.augment(x, generator, pad=0, flip=False, cutout=cutout)
     return x
@@ -254,22 +253,33 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class _InMemory:
-    """Batches of the training part of ``Splits``."""
+class InMemory:
+    """Batches of ``raw`` uint8 images (N, C, H, W) with ``labels`` (N,), see ``augmented``."""
 
-    parts: Splits
+    raw: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
     batch: int
     cutout: int = 0
 
+    @staticmethod
+    def of(parts: Splits, batch: int, cutout: int = 0) -> InMemory:
+        """Batches of the training part."""
+        part = parts.train
+        return InMemory(part.raw, part.labels, parts.mean, parts.std, batch, cutout)
+
     @property
     def steps(self) -> int:
-        return len(self.parts.train.labels) // self.batch
+        """Batches in an epoch."""
+        return len(self.labels) // self.batch
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        part = self.parts.train
-        for index in data.index_batches(len(part.labels), self.batch, generator):
-            index = index.to(part.labels.device)
-            yield augmented(part, index, self.parts, generator, self.cutout), part.labels[index]
+        """Iterate over an epoch's batches, shuffled and augmented, with their labels."""
+        for index in data.index_batches(len(self.labels), self.batch, generator):
+            index = index.to(self.labels.device)
+            x = augmented(self.raw[index], self.mean, self.std, generator, self.cutout)
+            yield x, self.labels[index]
 
 
 def train_epochs(
@@ -295,7 +305,7 @@ def train_epochs(
     diverges, naming ``what``.
     """
     config = run.config
-    batches = batches or _InMemory(splits(config.data), config.batch)
+    batches = batches or InMemory.of(splits(config.data), config.batch)
     where = device()
     optimizer = sgd(network, config.momentum, config.weight_decay)
     kept = {"losses": [], **(kept or {})}
@@ -362,7 +372,7 @@ def fit(run: Run, batches: Batches | None = None) -> tuple[CellNetwork, list[flo
         network.drop_path = config.drop_path * epoch / config.epochs
 
     if batches is None:
-        batches = _InMemory(splits(config.data), config.batch, config.cutout)
+        batches = InMemory.of(splits(config.data), config.batch, config.cutout)
     losses = train_epochs(run, network, logits, batches=batches, criterion=criterion, before=before)
     return network.eval(), losses
 

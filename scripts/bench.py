@@ -46,7 +46,7 @@ from natlib.policy import CellBatch, GCNConfig, GCNLogits, Policy
 from natlib.primitives import PRIMITIVES
 from natlib.records import cpu_model, git_state, peak_memory_mb
 from natlib.search import SpaceConfig, policy_step, random_policy, supernet_reward
-from natlib.train import Part, Splits, accuracies, augmented, sgd, sgd_step
+from natlib.train import accuracies, augmented, sgd, sgd_step
 from natlib.transitions import by_name
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -574,9 +574,7 @@ def pipeline(bench: Bench) -> None:
     side = size.macro.image_size
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(256, (1000, 3, side, side), generator=generator, dtype=torch.uint8)
-    part = Part(raw, torch.zeros(len(raw), dtype=torch.int64), torch.empty(0))
     middle = torch.full((3,), 0.5)
-    parts = Splits(part, part, part, part, 10, 3, middle, middle, "", "made")
     index = torch.randperm(len(raw), generator=generator)[: size.batch]
     kept = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in raw]
     one_by_one = transforms.Compose(
@@ -588,7 +586,7 @@ def pipeline(bench: Bench) -> None:
         ]
     )
     works: dict[str, list[Work]] = {
-        "ours": [partial(augmented, part, index, parts, generator)],
+        "ours": [lambda: augmented(raw[index], middle, middle, generator)],
         "plain": [lambda: torch.stack([one_by_one(kept[int(i)]) for i in index])],
     }
     moved = {"ours": traffic(works["ours"])}
