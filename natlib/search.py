@@ -290,15 +290,15 @@ def policy_step(
     entropy_weight: float,
     baseline_decay: float,
     generator: torch.Generator,
-    among_rollouts: bool = False,
-    subtracted: bool = False,
+    kind: str = "moving",
 ) -> dict[str, float]:
     """One REINFORCE update; ``reward`` takes inputs and outputs, equally many, gives R of each.
 
     Returns the mean reward, the mean entropy of an architecture's transitions (nats) and the new
-    baseline: a moving average of the rewards themselves, started at the first mean. With
-    ``among_rollouts`` each reward is compared with the mean of its input's other rollouts instead.
-    ``subtracted`` averages R - baseline, as the released code does: it tends to half the mean.
+    ``baseline``, started at the first mean. Its ``kind`` is one of ``BASELINES``: "moving", a
+    moving average of the rewards themselves; "released" averages R - baseline, as the released code
+    does, and tends to half the mean; "rollouts" compares each reward with the mean of its input's
+    other rollouts instead.
     Source: NAT, Sec. 4.3, Eqs. 9-10.
     """
     repeated = [g for g in inputs for _ in range(rollouts)]
@@ -306,7 +306,7 @@ def policy_step(
     rewards = torch.tensor(reward(repeated, rollout.genotypes), dtype=torch.float32)
     mean = float(rewards.mean())
     baseline = mean if baseline is None else baseline
-    if among_rollouts:
+    if kind == "rollouts":
         groups = rewards.view(len(inputs), rollouts)
         others = (groups.sum(1, keepdim=True) - groups) / (rollouts - 1)
         advantage = (groups - others).flatten()
@@ -321,7 +321,7 @@ def policy_step(
         "reward": mean,
         "entropy": float(entropy.detach()),
         "baseline": baseline_decay * baseline
-        + (1 - baseline_decay) * (mean - baseline if subtracted else mean),
+        + (1 - baseline_decay) * (mean - baseline if kind == "released" else mean),
     }
 
 
@@ -427,8 +427,7 @@ def train_policy(run: Run) -> dict[str, Any]:
             config.entropy_weight,
             config.baseline_decay,
             generator,
-            config.baseline == "rollouts",
-            config.baseline == "released",
+            config.baseline,
         )
         baseline = step["baseline"]
         for name, values in log.items():

@@ -225,7 +225,7 @@ def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[T
         step = policy_step(
             policy, optimizer, training[drawn.numpy()].tolist(), learner.rollouts, reward, baseline,
             _between(learner.entropy_weight, learner.entropy_last, done), 0.99, generator,
-            learner.baseline == "rollouts", learner.baseline == "released",
+            learner.baseline,
         )  # fmt: skip
         baseline = step["baseline"]
     return policy, _mean(seen)

@@ -380,7 +380,7 @@ def test_the_released_baseline_ends_at_half_the_reward() -> None:
     baseline: float | None = 0.0
     for _ in range(60):
         out = step(policy, optimizer, lambda b, a: [1.0] * len(a), baseline=baseline,
-                   subtracted=True)  # fmt: skip
+                   kind="released")  # fmt: skip
         baseline = out["baseline"]
     assert baseline == pytest.approx(0.5, abs=1e-3)
 
@@ -394,7 +394,7 @@ def test_among_rollouts_what_an_input_leaves_to_gain_does_not_count() -> None:
     worth = {g: float(i) for i, g in enumerate(inputs)}
     step(
         policy, optimizer, lambda b, a: [worth[g] for g in b],
-        inputs=inputs, rollouts=4, among_rollouts=True,
+        inputs=inputs, rollouts=4, kind="rollouts",
     )  # fmt: skip
     after = list(policy.logits.parameters())
     assert all(torch.allclose(p, q, atol=1e-7) for p, q in zip(before, after, strict=True))
@@ -446,7 +446,7 @@ def test_a_step_descends_the_published_gradient(among: bool) -> None:
 
     out = step(
         policy, optimizer, reward, inputs=inputs, baseline=baseline, entropy_weight=weight,
-        generator=generator(5), among_rollouts=among,
+        generator=generator(5), kind="rollouts" if among else "moving",
     )  # fmt: skip
     assert asked == [([g for g in inputs for _ in range(2)], rollout.genotypes)]
     for p, old, g in zip(policy.logits.parameters(), before, gradient, strict=True):
