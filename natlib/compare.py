@@ -266,6 +266,8 @@ class Comparison:
     seeds: Sequence[int]
     genotypes: Mapping[str, Mapping[str, Sequence[Genotype]]]
     records: Mapping[str, Mapping[str, Sequence[Record]]]
+    size: Size
+    images: DataConfig
 
     @property
     def methods(self) -> list[str]:
@@ -306,6 +308,34 @@ class Comparison:
             np.mean([self.accuracy(m, n, part) for n in shared], axis=0) for m in (against, method)
         )
         return paired_difference(old, new)
+
+    def told(self) -> dict[str, Any]:
+        """What pages say in their prose, by the name that it is glued under.
+
+        Sizes of images and networks, numbers of seeds and trainings; ``mixed_nat`` and the like,
+        the mixed change of each method; ``lowest`` and ``highest`` mean accuracy of an original,
+        and ``chance``, what guessing would get (%).
+        """
+        originals = [100 * np.mean(self.accuracy(ORIGINAL, n)) for n in self.networks]
+        mixed = {
+            f"mixed_{key}": format_interval(self.mixed(method))
+            for method, key in (("NAO", "nao"), ("NAT", "nat"), ("NAT++", "natpp"))
+            if method in self.genotypes
+        }
+        return mixed | {
+            "seeds": len(self.seeds),
+            "train": self.images.train,
+            "side": self.images.image_size,
+            "dataset": self.images.dataset,
+            "epochs": self.size.training["epochs"],
+            "width": self.size.width,
+            "channels": self.size.channels,
+            "cells": self.size.cells,
+            "trainings": len(self.used),
+            "lowest": float(min(originals)),
+            "highest": float(max(originals)),
+            "chance": 100 / splits(self.images).classes,
+        }
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         for network in self.networks:
@@ -464,7 +494,7 @@ def compare(
         method: {n: [found[method, n, i] for i in range(len(seeds))] for n in group}
         for method, group in genotypes.items()
     }
-    return Comparison(networks, tuple(seeds), genotypes, ordered)
+    return Comparison(networks, tuple(seeds), genotypes, ordered, size, images)
 
 
 def _training(

@@ -59,7 +59,24 @@ def by_hand(values: dict[tuple[str, str], list[float]], changed: bool = True) ->
             )
             for i, v in enumerate(given_values)
         ]
-    return Comparison(networks, (0, 1, 2), genotypes, records)
+    return Comparison(networks, (0, 1, 2), genotypes, records, SIZE, DATA)
+
+
+def test_a_page_is_told_sizes_and_the_range_of_the_originals(made_images: None) -> None:
+    result = by_hand(
+        {
+            (ORIGINAL, "VGG16"): [0.2, 0.3, 0.4],
+            (ORIGINAL, "ResNet20"): [0.6, 0.6, 0.6],
+            ("NAT++", "VGG16"): [0.3, 0.4, 0.5],
+        }
+    )
+    told = result.told()
+    assert (told["lowest"], told["highest"], told["chance"]) == pytest.approx((30, 60, 25))
+    assert told["mixed_natpp"].startswith("+10.0")
+    assert not {"mixed_nat", "mixed_nao"} & told.keys()
+    assert (told["seeds"], told["trainings"]) == (3, 9)
+    sizes = {"train": 48, "side": 8, "epochs": 1, "width": 0.125, "channels": 8, "cells": 2}
+    assert {name: told[name] for name in sizes} == sizes
 
 
 # Statistics ----------------------------------------------------------------------------------
