@@ -330,11 +330,14 @@ def probability_map(matrix: ArrayLike, names: Sequence[str], title: str = "") ->
 def plot_scatter(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, title: str = "") -> Chart:
     """Draw one score against another with their rank correlation and its interval."""
     r = rank_correlation(x, y)
-    text = (f"Kendall τ = {r.tau:.2f}, Spearman ρ = {r.rho:.2f} "
-            f"[{r.low:.2f}, {r.high:.2f}], n = {r.n}")  # fmt: skip
-    chart = start_chart(255, f"{title or 'Scatter'}: {ylabel} against {xlabel}. {text}.")
+    text = f"Spearman ρ = {r.rho:.2f} [{r.low:.2f}, {r.high:.2f}], Kendall τ = {r.tau:.2f}"
+    alt = f"{title or 'Scatter'}: {ylabel} against {xlabel}. {text}, n = {r.n}."
+    chart = start_chart(255, alt)
     axes = chart.subplots()
-    axes.plot(_numbers(x, "x"), _numbers(y, "y"), "o", color=BLUE, mec="white", mew=0.6, ms=6)
+    size = 6 if r.n < 200 else 3
+    axes.plot(_numbers(x, "x"), _numbers(y, "y"), "o", color=BLUE, mec="white", mew=0.1 * size,
+              ms=size)  # fmt: skip
+    text = f"{text}\nn = {r.n:,}"
     axes.set(xlabel=xlabel, ylabel=ylabel, title=f"{title}\n{text}" if title else text)
     return chart
 
