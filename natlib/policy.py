@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -139,19 +139,15 @@ def decode(genotypes: Sequence[Genotype], actions: Tensor, names: Sequence[str])
     return out
 
 
-Architecture = TypeVar("Architecture")
-
-
 @dataclass(frozen=True)
-class Rollout(Generic[Architecture]):
+class Rollout:
     """One sampled rewriting of each input: genotypes, log-probability and entropy, (len,) each.
 
-    ``genotypes`` are of the inputs' type: in a complete space (``natlib.truth``) a number stands
-    for each. ``log_probability`` and ``entropy`` (nats) are sums over all choices (those of both
-    cells, where they differ) and carry gradients.
+    ``log_probability`` and ``entropy`` (nats) are sums over the choices of both cells and carry
+    gradients.
     """
 
-    genotypes: list[Architecture]
+    genotypes: list[Genotype]
     log_probability: Tensor
     entropy: Tensor
 
@@ -419,7 +415,7 @@ class Policy:
         genotypes: Sequence[Genotype],
         generator: torch.Generator,
         encoded: CellBatch | None = None,
-    ) -> Rollout[Genotype]:
+    ) -> Rollout:
         """Sample one rewriting of each genotype; ``encoded`` saves encoding them again."""
         batch = encoded or self.encode(genotypes)
         logp = self.log_probabilities(batch)
@@ -433,7 +429,7 @@ class Policy:
 
     def _rollout(
         self, genotypes: Sequence[Genotype], batch: CellBatch, logp: Tensor, actions: Tensor
-    ) -> Rollout[Genotype]:
+    ) -> Rollout:
         chosen = logp.gather(-1, actions[..., None])[..., 0]
         entropy = entropy_terms(logp).sum(-1)
         keep = batch.present

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,9 @@ from natlib.genotype import INPUTS, Cell, Edge, Genotype
 from natlib.macro import Macro, MacroConfig
 from natlib.network import CellNetwork
 from natlib.policy import (
-    Architecture,
     GCNConfig,
     LSTMConfig,
     Policy,
-    Rollout,
     UniformLogits,
     build_logits,
 )
@@ -270,22 +268,32 @@ def random_policy(transitions: str, space: SpaceConfig) -> Policy:
 Reward = Callable[[Sequence[Genotype], Sequence[Genotype]], list[float]]
 
 
-class Sampler(Protocol[Architecture]):
-    """What ``policy_step`` trains: it samples one rewriting of each input."""
+def advantages(
+    rewards: Tensor, rollouts: int, kind: str, baseline: float | None, decay: float
+) -> tuple[Tensor, float]:
+    """Return rewards (B,) less a baseline, and the baseline that comes of them.
 
-    def sample(
-        self, inputs: Sequence[Architecture], generator: torch.Generator, /
-    ) -> Rollout[Architecture]:
-        """Sample, with log-probabilities and entropies that carry gradients."""
-        ...
+    ``rewards`` hold the ``rollouts`` of each input side by side. ``baseline`` starts (None) at the
+    first mean; its ``kind`` is one of ``BASELINES``: "moving", a moving average of the rewards
+    themselves; "released" averages R - baseline, as the released code does, and tends to half the
+    mean; "rollouts" compares each reward with the mean of its input's other rollouts instead.
+    """
+    mean = float(rewards.mean())
+    baseline = mean if baseline is None else baseline
+    after = decay * baseline + (1 - decay) * (mean - baseline if kind == "released" else mean)
+    if kind == "rollouts":
+        groups = rewards.view(-1, rollouts)
+        others = (groups.sum(1, keepdim=True) - groups) / (rollouts - 1)
+        return (groups - others).flatten(), after
+    return rewards - baseline, after
 
 
 def policy_step(
-    policy: Sampler[Architecture],
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
-    inputs: Sequence[Architecture],
+    inputs: Sequence[Genotype],
     rollouts: int,
-    reward: Callable[[Sequence[Architecture], Sequence[Architecture]], list[float]],
+    reward: Reward,
     baseline: float | None,
     entropy_weight: float,
     baseline_decay: float,
@@ -295,33 +303,21 @@ def policy_step(
     """One REINFORCE update; ``reward`` takes inputs and outputs, equally many, gives R of each.
 
     Returns the mean reward, the mean entropy of an architecture's transitions (nats) and the new
-    ``baseline``, started at the first mean. Its ``kind`` is one of ``BASELINES``: "moving", a
-    moving average of the rewards themselves; "released" averages R - baseline, as the released code
-    does, and tends to half the mean; "rollouts" compares each reward with the mean of its input's
-    other rollouts instead.
-    Source: NAT, Sec. 4.3, Eqs. 9-10.
+    ``baseline``, of the ``kind`` that ``advantages`` describes. Source: NAT, Sec. 4.3, Eqs. 9-10.
     """
     repeated = [g for g in inputs for _ in range(rollouts)]
     rollout = policy.sample(repeated, generator)
     rewards = torch.tensor(reward(repeated, rollout.genotypes), dtype=torch.float32)
-    mean = float(rewards.mean())
-    baseline = mean if baseline is None else baseline
-    if kind == "rollouts":
-        groups = rewards.view(len(inputs), rollouts)
-        others = (groups.sum(1, keepdim=True) - groups) / (rollouts - 1)
-        advantage = (groups - others).flatten()
-    else:
-        advantage = rewards - baseline
+    advantage, after = advantages(rewards, rollouts, kind, baseline, baseline_decay)
     gain = (advantage * rollout.log_probability).mean()
     entropy = rollout.entropy.mean()
     optimizer.zero_grad(set_to_none=True)
     (-gain - entropy_weight * entropy).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return {
-        "reward": mean,
+        "reward": float(rewards.mean()),
         "entropy": float(entropy.detach()),
-        "baseline": baseline_decay * baseline
-        + (1 - baseline_decay) * (mean - baseline if kind == "released" else mean),
+        "baseline": after,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from natlib import tabular
 from natlib.baselines import NAO, NAOConfig, closure, hill_climbing
@@ -21,19 +22,20 @@ from natlib.policy import (
     GCNConfig,
     Logits,
     LSTMConfig,
-    Rollout,
     UniformLogits,
     bm_log_softmax,
     build_logits,
     entropy_terms,
 )
 from natlib.records import Body, Record, Run, RunStore
-from natlib.search import BASELINES, policy_step, settings
+from natlib.search import BASELINES, advantages, settings
 from natlib.tabular import KINDS, Codes, Space, Values, attribute, kind_of
 from natlib.train import stream
 from natlib.transitions import by_name
 
 MASKINGS = ("BMSoftmax", "rejection", "after sampling")
+DECAY = 0.99
+"""Of the moving baseline, as published."""
 
 
 class TablePolicy:
@@ -51,8 +53,11 @@ class TablePolicy:
         if masking not in MASKINGS:
             raise NatlibError(f"masking {masking!r} is not one of {', '.join(MASKINGS)}")
         self.network, self.space, self.masking = network, space, masking
-        self.allowed = space.allowed(by_name(transitions, space.primitives))
-        self.mask = torch.from_numpy(self.allowed)
+        self.mask = torch.from_numpy(space.allowed(by_name(transitions, space.primitives)))
+        whole = torch.ones_like(self.mask)
+        # What is drawn from, and what gradients go through.
+        self.drawable = whole if masking == "after sampling" else self.mask
+        self.known = self.mask if masking == "BMSoftmax" else whole
         self.powers = torch.from_numpy(space.powers.copy())
         self.edges = torch.arange(len(space.edges))
         targets = [target - INPUTS for _, target in space.edges]
@@ -75,76 +80,56 @@ class TablePolicy:
             torch.zeros(len(digits), dtype=torch.bool),
         )
 
-    def scores(self, digits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and mask (B, E, K) of primitive indexes (B, E)."""
-        logits = self.network(self.encode(digits))[:, self.nodes, self.slots]
-        return logits, self.mask[self.edges, digits]
-
-    def sample(self, inputs: Sequence[int], generator: torch.Generator) -> Rollout[int]:
-        """Sample one rewriting of each code; the network sees each distinct code once."""
-        digits, where = self._distinct(torch.as_tensor(inputs))
-        logits, mask = self.scores(digits)
-        drawn_from, logp = self._log_probabilities(logits, mask)
-        actions = _drawn(drawn_from, where, generator)
-        entropy = entropy_terms(logp).sum((1, 2))[where]
-        chosen = logp[where[:, None], self.edges, actions].sum(1)
-        return Rollout(self._legal(digits, mask, where, actions).tolist(), chosen, entropy)
+    def logits(self, digits: Tensor) -> Tensor:
+        """Return logits (B, E, K) of primitive indexes (B, E)."""
+        return self.network(self.encode(digits))[:, self.nodes, self.slots]
 
     @torch.no_grad()
     def draw(self, inputs: Codes, times: int, generator: torch.Generator) -> Codes:
         """Sample rewritings of each code: (len(inputs), times)."""
-        digits, where = self._distinct(torch.from_numpy(inputs).repeat_interleave(times))
-        logits, mask = self.scores(digits)
-        actions = _drawn(self._log_probabilities(logits, mask)[0], where, generator)
-        return np.asarray(self._legal(digits, mask, where, actions).view(len(inputs), times))
+        digits = torch.from_numpy(self.space.digits(inputs))
+        logp = bm_log_softmax(self.logits(digits), self.drawable[self.edges, digits])
+        actions = sampled(logp, torch.rand(*digits.shape, times, generator=generator))
+        return np.asarray(rewritten(self.mask, self.powers, digits, actions))
 
     @torch.no_grad()
     def most_likely(self, inputs: Codes) -> Codes:
         """Return the argmax rewriting of each code (the paper's Maximum-GCN)."""
-        digits, where = self._distinct(torch.from_numpy(inputs))
-        logits, mask = self.scores(digits)
-        actions = self._log_probabilities(logits, mask)[0].argmax(-1)
-        return np.asarray(self._legal(digits, mask, where, actions[where]))
+        digits = torch.from_numpy(self.space.digits(inputs))
+        logp = bm_log_softmax(self.logits(digits), self.drawable[self.edges, digits])
+        actions = logp.argmax(-1, keepdim=True)
+        return np.asarray(rewritten(self.mask, self.powers, digits, actions)[:, 0])
 
     @torch.no_grad()
     def accepted(self, inputs: Codes) -> float:
         """Return how likely a draw from the softmax over all primitives is an allowed rewriting."""
-        logits, mask = self.scores(torch.from_numpy(self.space.digits(inputs)))
-        return float((logits.softmax(-1) * mask).sum(-1).prod(-1).mean())
-
-    def _log_probabilities(self, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities that are sampled from, and those that gradients go through."""
-        if self.masking == "BMSoftmax":
-            both = bm_log_softmax(logits, mask)
-            return both, both
-        unmasked = logits.log_softmax(-1)
-        if self.masking == "rejection":
-            return bm_log_softmax(logits, mask), unmasked
-        return unmasked, unmasked
-
-    def _distinct(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Primitive indexes (D, E) of the distinct ones of codes (B,), and where each stands."""
-        distinct, where = torch.unique(codes, return_inverse=True)
-        return distinct[:, None] // self.powers % len(self.space.primitives), where
-
-    def _legal(self, digits: Tensor, mask: Tensor, where: Tensor, actions: Tensor) -> Tensor:
-        """Codes of the actions (B, E), forbidden ones left out."""
-        legal = mask[where[:, None], self.edges, actions]
-        return (torch.where(legal, actions, digits[where]) * self.powers).sum(1)
+        digits = torch.from_numpy(self.space.digits(inputs))
+        allowed = self.logits(digits).softmax(-1) * self.mask[self.edges, digits]
+        return float(allowed.sum(-1).prod(-1).mean())
 
 
-def _drawn(log_probabilities: Tensor, where: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw (B, E) from rows ``where`` (B,) of log-probabilities (D, E, K); never what is at -inf.
+def sampled(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw R times (..., R) from each row of log-probabilities (..., K), never what is at -inf.
 
-    What is drawn is the first index whose cumulative probability exceeds a uniform number below
-    the last: one number a row, where ``policy.draw`` needs one for each probability.
+    ``uniform`` (broadcastable to the result) holds a number in [0, 1) for each. What is drawn is
+    the first index whose cumulative probability exceeds it, as a share of the last one.
+    ``policy.draw`` needs a number for each probability.
     """
     cumulative = log_probabilities.detach().exp().cumsum(-1)
-    top = cumulative[..., -1]
-    below = torch.nextafter(top, torch.zeros_like(top))
-    uniform = torch.rand(len(where), top.shape[1], generator=generator)
-    at = torch.minimum(uniform * top[where], below[where])
-    return (at[..., None] >= cumulative[where]).sum(-1)
+    top = cumulative[..., -1:]
+    at = torch.minimum(uniform * top, torch.nextafter(top, torch.zeros_like(top)))
+    return torch.searchsorted(cumulative, at, right=True)
+
+
+def rewritten(mask: Tensor, powers: Tensor, digits: Tensor, actions: Tensor) -> Tensor:
+    """Codes (..., B, R) of actions (..., B, E, R) on digits (B, E); forbidden ones are left out.
+
+    ``mask`` (..., E, K, K) says which targets each source may have on each edge.
+    """
+    edges = torch.arange(digits.shape[1])
+    legal = mask[..., edges, digits, :].gather(-1, actions)
+    after = torch.where(legal, actions, digits[..., None])
+    return (after * powers[:, None]).sum(-2)
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -194,41 +179,113 @@ def untrained(learner: Learner, space: Space, seed: int) -> TablePolicy:
     return TablePolicy(network, space, learner.transitions, learner.masking)
 
 
-def train(learner: Learner, space: Space, training: Codes, seed: int) -> tuple[TablePolicy, float]:
-    """Train a policy on inputs from ``training``; return it, and the share of codes looked at."""
-    policy = untrained(learner, space, seed)
-    network = policy.network
-    if learner.network is None or not learner.updates:
-        return policy, 0.0
-    assert isinstance(network, nn.Module)
-    optimizer = torch.optim.Adam(
-        network.parameters(), lr=learner.lr, betas=learner.betas,
-        weight_decay=learner.weight_decay, fused=True,
-    )  # fmt: skip
-    seen = np.zeros(space.size, dtype=bool)
+def train(
+    learners: Sequence[Learner], space: Space, training: Codes, seed: int
+) -> list[tuple[TablePolicy, float]]:
+    """Train policies on inputs from ``training``; return each, and the share of codes looked at.
 
-    def reward(before: Sequence[int], after: Sequence[int]) -> list[float]:
-        b, a = np.asarray(before), np.asarray(after)
-        seen[b] = seen[a] = True
-        gained = space.validation[a] - space.validation[b]
-        # What costs more than its input is dropped in the end: it must not earn anything.
-        earned: list[float] = np.where(space.cheaper(a, b), gained, np.minimum(gained, 0)).tolist()
-        return earned
+    Learners of one network and schedule are trained side by side, which takes less time: they meet
+    the same inputs and the same random numbers as they would one by one.
+    """
+    found: dict[int, tuple[TablePolicy, float]] = {}
+    for group in alike(learners):
+        trained = _train_alike([learners[i] for i in group], space, training, seed)
+        found.update(zip(group, trained, strict=True))
+    return [found[i] for i in range(len(learners))]
 
-    baseline: float | None = None
-    for update in range(learner.updates):
-        done = update / learner.updates
-        generator = stream(seed, "update", update)
-        drawn = torch.randint(len(training), (learner.architectures,), generator=generator)
-        for group in optimizer.param_groups:
-            group["lr"] = _between(learner.lr, learner.lr_last, done)
-        step = policy_step(
-            policy, optimizer, training[drawn.numpy()].tolist(), learner.rollouts, reward, baseline,
-            _between(learner.entropy_weight, learner.entropy_last, done), 0.99, generator,
-            learner.baseline,
+
+def alike(learners: Sequence[Learner]) -> list[list[int]]:
+    """Return the indexes of learners that ``train`` trains side by side, group by group."""
+    groups: dict[Learner, list[int]] = {}
+    for i, one in enumerate(learners):
+        shared = replace(
+            one, transitions="", masking="", entropy_weight=0.0, entropy_last=None,
+            baseline="moving",
         )  # fmt: skip
-        baseline = step["baseline"]
-    return policy, _mean(seen)
+        groups.setdefault(shared, []).append(i)
+    return list(groups.values())
+
+
+def earned(space: Space, before: Codes, after: Codes) -> Values:
+    """Return rewards: the validation accuracy gained, at most 0 by what costs more.
+
+    That is dropped in the end: it must not earn anything.
+    """
+    gained = space.validation[after] - space.validation[before]
+    return np.where(space.cheaper(after, before), gained, np.minimum(gained, 0))
+
+
+def _train_alike(
+    learners: Sequence[Learner], space: Space, training: Codes, seed: int
+) -> list[tuple[TablePolicy, float]]:
+    policies = [untrained(one, space, seed) for one in learners]
+    first, policy = learners[0], policies[0]
+    if first.network is None or not first.updates:
+        return [(p, 0.0) for p in policies]
+    weights, logits = _side_by_side([p.network for p in policies])
+    optimizer = torch.optim.Adam(
+        weights.values(), lr=first.lr, betas=first.betas, weight_decay=first.weight_decay,
+        fused=True,
+    )  # fmt: skip
+    drawable, known, allowed = (
+        torch.stack([getattr(p, name) for p in policies]) for name in ("drawable", "known", "mask")
+    )
+    everyone = np.arange(len(policies))[:, None, None]
+    seen = np.zeros((len(policies), space.size), dtype=bool)
+    baselines: list[float | None] = [None] * len(policies)
+    for update in range(first.updates):
+        done = update / first.updates
+        generator = stream(seed, "update", update)
+        chosen = torch.randint(len(training), (first.architectures,), generator=generator)
+        inputs = training[chosen.numpy()]
+        digits = torch.from_numpy(space.digits(inputs))
+        uniform = torch.rand(*digits.shape, first.rollouts, generator=generator)
+        scores = logits(policy.encode(digits))[:, :, policy.nodes, policy.slots]
+        logp = bm_log_softmax(scores, known[:, policy.edges, digits])
+        source = bm_log_softmax(scores.detach(), drawable[:, policy.edges, digits])
+        actions = sampled(source, uniform)
+        after = rewritten(allowed, policy.powers, digits, actions).numpy()
+        seen[:, inputs] = True
+        seen[everyone, after] = True
+        rewards = torch.from_numpy(earned(space, inputs[:, None], after)).float().flatten(1)
+        compared = []
+        for i, one in enumerate(learners):
+            advantage, baselines[i] = advantages(
+                rewards[i], first.rollouts, one.baseline, baselines[i], DECAY
+            )
+            compared.append(advantage)
+        taken = logp.gather(-1, actions).sum(2).flatten(1)
+        entropy = entropy_terms(logp).sum((2, 3)).mean(1)
+        weight = torch.tensor(
+            [_between(one.entropy_weight, one.entropy_last, done) for one in learners]
+        )
+        gain = (torch.stack(compared) * taken).mean(1)
+        for options in optimizer.param_groups:
+            options["lr"] = _between(first.lr, first.lr_last, done)
+        optimizer.zero_grad(set_to_none=True)
+        (-gain - weight * entropy).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for i, trained in enumerate(policies):
+        assert isinstance(trained.network, nn.Module)
+        trained.network.load_state_dict({name: w.detach()[i] for name, w in weights.items()})
+    return [(p, _mean(looked_at)) for p, looked_at in zip(policies, seen, strict=True)]
+
+
+def _side_by_side(
+    networks: Sequence[Logits],
+) -> tuple[dict[str, Tensor], Callable[[CellBatch], Tensor]]:
+    """Return the stacked weights (M, ...) of networks of one kind, and their logits (M, ...)."""
+    modules = [n for n in networks if isinstance(n, nn.Module)]
+    named = [dict(m.named_parameters()) for m in modules]
+    weights = {
+        name: torch.stack([own[name].detach() for own in named]).requires_grad_()
+        for name in named[0]
+    }
+    if len(modules) == 1:
+        return weights, lambda batch: functional_call(
+            modules[0], {name: w[0] for name, w in weights.items()}, (batch,)
+        )[None]
+    return weights, lambda batch: vmap(lambda w: functional_call(modules[0], w, (batch,)))(weights)
 
 
 def _between(first: float, last: float | None, share: float) -> float:
@@ -460,24 +517,16 @@ def study(run: Run) -> dict[str, Any]:
     def best(rule: str) -> Optimum:
         return optimum(space, rule, inputs)
 
-    for name, learner in config.methods:
-        if name not in result:
-            policy, looked_at = train(learner, space, training, config.seed)
-            drawn = policy.draw(inputs, max(config.samples), stream(config.seed, "draw", name))
-            result[name] = judge(config, space, inputs, best(learner.transitions), drawn)
-            result[name]["looked_at"] = looked_at
-            if name == config.pictured:
-                result[name]["plane"] = plane(config, space, inputs, drawn)
-            if learner.network is not None:
-                likely = policy.most_likely(inputs)
-                likely = np.where(space.cheaper(likely, inputs), likely, inputs)
-                result[name] |= {
-                    "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
-                    "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
-                    "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
-                    "accepted": round(policy.accepted(inputs), 6),
-                }
-        done += 1
+    for group in alike([learner for _, learner in config.methods]):
+        methods = [config.methods[i] for i in group]
+        if not all(name in result for name, _ in methods):
+            trained = train([learner for _, learner in methods], space, training, config.seed)
+            for (name, learner), (policy, looked_at) in zip(methods, trained, strict=True):
+                result[name] = _judged(
+                    config, space, inputs, best(learner.transitions), name, learner, policy
+                )
+                result[name]["looked_at"] = looked_at
+        done += len(group)
         run.progress(done, total)
         if run.checkpoint_due():
             run.save_checkpoint(result)
@@ -488,6 +537,27 @@ def study(run: Run) -> dict[str, Any]:
         done += 1
         run.progress(done, total)
     return result
+
+
+def _judged(
+    config: TruthConfig, space: Space, inputs: Codes, best: Optimum, name: str, learner: Learner,
+    policy: TablePolicy,
+) -> dict[str, Any]:  # fmt: skip
+    """What ``study`` says of one policy."""
+    candidates = policy.draw(inputs, max(config.samples), stream(config.seed, "draw", name))
+    found = judge(config, space, inputs, best, candidates)
+    if name == config.pictured:
+        found["plane"] = plane(config, space, inputs, candidates)
+    if learner.network is not None:
+        likely = policy.most_likely(inputs)
+        likely = np.where(space.cheaper(likely, inputs), likely, inputs)
+        found |= {
+            "argmax_gain": _mean(space.validation[likely] - space.validation[inputs]),
+            "argmax_test_gain": _mean(space.test[likely] - space.test[inputs]),
+            "argmax_worse": _mean(space.test[likely] < space.test[inputs]),
+            "accepted": round(policy.accepted(inputs), 6),
+        }
+    return found
 
 
 # Studies -----------------------------------------------------------------------------------------
@@ -558,7 +628,12 @@ class Setting:
         found |= {name: replace(learner, masking=name) for name in MASKINGS[1:]}
         found["moving baseline"] = replace(learner, baseline="moving")
         found["published settings"] = Learner(
-            updates=max((learner.updates, *self.updates)), network=gcn, lr=3e-4, baseline="moving"
+            updates=max((learner.updates, *self.updates)),
+            architectures=learner.architectures,
+            rollouts=learner.rollouts,
+            network=gcn,
+            lr=3e-4,
+            baseline="moving",
         )
         for weight in self.entropy_weights:
             found[f"λ = {weight:g}"] = replace(learner, entropy_weight=weight, entropy_last=None)

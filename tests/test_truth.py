@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natlib import NatlibError, natbench, records, tabular, truth
-from natlib.policy import (
-    CellBatch,
-    GCNConfig,
-    LSTMConfig,
-    UniformLogits,
-    bm_log_softmax,
-    bm_softmax,
-)
+from natlib.policy import CellBatch, GCNConfig, LSTMConfig, Rollout, UniformLogits, bm_log_softmax
+from natlib.search import policy_step
+from natlib.train import stream
 from natlib.transitions import by_name
 from natlib.truth import Learner, TablePolicy, TruthConfig
 from tests.made import resumed_equals_uninterrupted
@@ -60,21 +56,10 @@ def test_nothing_forbidden_is_ever_drawn(masking: str, seed: int, rule: str) -> 
     one = truth.untrained(replace(LEARNER, masking=masking, transitions=rule), SMALL, seed)
     drawn = one.draw(EVERYTHING, 5, generator(seed))
     likely = one.most_likely(EVERYTHING)
-    sampled = np.array(one.sample(EVERYTHING.tolist(), generator(seed)).genotypes)
     allowed = SMALL.allowed(by_name(rule, SMALL.primitives))
     edges = np.arange(3)
-    for found in (*drawn.T, likely, sampled):
+    for found in (*drawn.T, likely):
         assert allowed[edges, SMALL.digits(EVERYTHING), SMALL.digits(found)].all()
-
-
-def test_log_probabilities_and_entropy_are_those_of_one_cell() -> None:
-    one = TablePolicy(UniformLogits(4), SMALL, "natpp")
-    allowed = SMALL.allowed(by_name("natpp", SMALL.primitives))
-    options = allowed[np.arange(3), SMALL.digits(EVERYTHING)].sum(-1)
-    rollout = one.sample(EVERYTHING.tolist(), generator(0))
-    expected = np.log(options).sum(1)
-    assert rollout.log_probability.numpy() == pytest.approx(-expected, abs=1e-5)
-    assert rollout.entropy.numpy() == pytest.approx(expected, abs=1e-5)
 
 
 def test_rejection_draws_as_bm_softmax_does_but_its_gradient_knows_no_mask() -> None:
@@ -86,11 +71,10 @@ def test_rejection_draws_as_bm_softmax_does_but_its_gradient_knows_no_mask() -> 
         one = policy(masking)
         logits = torch.zeros(len(codes), 3, 4, requires_grad=True)
         digits = torch.from_numpy(SMALL.digits(codes))
-        _, mask = one.scores(digits)
-        _, logp = one._log_probabilities(logits, mask)
+        logp = bm_log_softmax(logits, one.known[one.edges, digits])
         logp.gather(-1, digits[..., None]).sum().backward()  # type: ignore[no-untyped-call]
         assert logits.grad is not None
-        gradients[masking] = logits.grad[~mask]
+        gradients[masking] = logits.grad[~one.mask[one.edges, digits]]
     assert (gradients["BMSoftmax"] == 0).all()
     assert (gradients["rejection"] != 0).all()
     assert (gradients["after sampling"] != 0).all()
@@ -102,20 +86,16 @@ def test_draws_follow_the_probabilities(seed: int) -> None:
     logits = torch.from_numpy(draw.normal(0, 3, (2, 3, 4)).astype(np.float32))
     mask = torch.from_numpy(draw.random((2, 3, 4)) < 0.6) | (torch.arange(4) == 1)
     logp = bm_log_softmax(logits, mask)
-    where = torch.arange(2).repeat(4000)
-    drawn = truth._drawn(logp, where, generator(seed))
-    for row in range(2):
-        counts = torch.nn.functional.one_hot(drawn[where == row], 4).sum(0) / 4000
-        assert torch.allclose(counts, logp[row].exp(), atol=0.05)
-    assert (logp[where].gather(-1, drawn[..., None]) > -np.inf).all()
+    actions = truth.sampled(logp, torch.rand(2, 3, 4000, generator=generator(seed)))
+    counts = torch.nn.functional.one_hot(actions, 4).sum(2) / 4000
+    assert torch.allclose(counts, logp.exp(), atol=0.05)
+    assert (logp.gather(-1, actions) > -np.inf).all()
 
 
-def test_draws_at_the_edges_of_the_unit_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_at_the_edges_of_the_unit_interval() -> None:
     # Where the uniform number is 0, or rounds up to the whole, still nothing forbidden is drawn.
-    logp = torch.tensor([[[-np.inf, np.log(0.3), np.log(0.7), -np.inf]]])
-    for number, expected in ((0.0, 1), (1.0, 2)):
-        monkeypatch.setattr(torch, "rand", lambda *size, generator, n=number: torch.full(size, n))
-        assert truth._drawn(logp, torch.zeros(1, dtype=torch.long), generator(0)) == expected
+    logp = torch.tensor([-np.inf, np.log(0.3), np.log(0.7), -np.inf])
+    assert truth.sampled(logp, torch.tensor([0.0, 1.0])).tolist() == [1, 2]
 
 
 def test_masking_after_sampling_leaves_forbidden_edges_as_they_were() -> None:
@@ -148,8 +128,8 @@ def test_training_beats_random_on_inputs_it_never_saw(network: GCNConfig | LSTMC
     good = replace(SMALL, validation=SMALL.digits(EVERYTHING).sum(1) / 9.0)
     held_out, training = good.split(16, generator(0))
     learner = replace(LEARNER, network=network, updates=150, architectures=16, rollouts=8, lr=0.01)
-    trained, looked_at = truth.train(learner, good, training, 0)
-    random, none = truth.train(replace(learner, network=None), good, training, 0)
+    both = truth.train([learner, replace(learner, network=None)], good, training, 0)
+    (trained, looked_at), (random, none) = both
     gains = [
         (good.validation[p.draw(held_out, 20, generator(1))] - good.validation[held_out, None])
         for p in (trained, random)
@@ -161,27 +141,117 @@ def test_training_beats_random_on_inputs_it_never_saw(network: GCNConfig | LSTMC
 
 def test_the_same_seed_trains_the_same_policy() -> None:
     _, training = SMALL.split(16, generator(0))
-    one, two, other = (truth.train(LEARNER, SMALL, training, s)[0] for s in (0, 0, 1))
+    one, two, other = (truth.train([LEARNER], SMALL, training, s)[0][0] for s in (0, 0, 1))
     drawn = [p.draw(EVERYTHING, 8, generator(3)) for p in (one, two, other)]
     assert (drawn[0] == drawn[1]).all()
     assert (drawn[0] != drawn[2]).any()
 
 
-def test_what_costs_more_than_its_input_earns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    earned: dict[tuple[int, int], float] = {}
+def test_what_costs_more_than_its_input_earns_nothing() -> None:
+    earned = truth.earned(SMALL, EVERYTHING[:, None], EVERYTHING)
+    for before in EVERYTHING:
+        for after in EVERYTHING:
+            gain = SMALL.validation[after] - SMALL.validation[before]
+            dearer = SMALL.params[after] > SMALL.params[before]
+            assert earned[before, after] == (min(gain, 0) if dearer else gain)
 
-    def step(policy: Any, optimizer: Any, inputs: Any, rollouts: int, reward: Any, *_: Any) -> Any:
-        pairs = [(b, a) for b in EVERYTHING.tolist() for a in EVERYTHING.tolist()]
-        earned.update(zip(pairs, reward(*zip(*pairs, strict=True)), strict=True))
-        return {"baseline": 0.0}
 
-    monkeypatch.setattr(truth, "policy_step", step)
-    truth.train(replace(LEARNER, updates=1), SMALL, EVERYTHING, 0)
-    assert len(earned) == SMALL.size**2
-    for (before, after), value in earned.items():
-        gain = SMALL.validation[after] - SMALL.validation[before]
-        dearer = SMALL.params[after] > SMALL.params[before]
-        assert value == (min(gain, 0) if dearer else gain)
+VARIANTS = (
+    LEARNER,
+    replace(LEARNER, transitions="nat", baseline="moving"),
+    replace(LEARNER, masking="rejection", entropy_weight=0.2, entropy_last=0.1),
+    replace(LEARNER, masking="after sampling", baseline="released"),
+)
+
+
+def test_learners_are_alike_that_differ_in_rule_mask_entropy_or_baseline() -> None:
+    others = [
+        replace(LEARNER, updates=3),
+        replace(LEARNER, network=None),
+        replace(LEARNER, network=replace(GCN, graph="released")),
+        replace(LEARNER, network=LSTMConfig(4, 4)),
+        replace(LEARNER, lr=0.1),
+    ]
+    learners = [others[0], *VARIANTS, *others[1:]]
+    assert truth.alike(learners) == [[0], [1, 2, 3, 4], [5], [6], [7], [8]]
+    found = truth.train(learners, SMALL, EVERYTHING[20:], 0)
+    for learner, (policy, _) in zip(learners, found, strict=True):
+        assert policy.masking == learner.masking
+        assert isinstance(policy.network, UniformLogits) == (learner.network is None)
+
+
+@pytest.mark.parametrize("graph", ["both", "residual", "released"])
+def test_side_by_side_learners_learn_what_each_learns_alone(graph: str) -> None:
+    learners = [
+        replace(one, updates=4, lr_last=1e-4, network=replace(GCN, graph=graph)) for one in VARIANTS
+    ]
+    together = truth.train(learners, SMALL, EVERYTHING[20:], 3)
+    digits = torch.from_numpy(SMALL.digits(EVERYTHING))
+    for learner, (policy, looked_at) in zip(learners, together, strict=True):
+        ((alone, looked_at_alone),) = truth.train([learner], SMALL, EVERYTHING[20:], 3)
+        assert torch.allclose(policy.logits(digits), alone.logits(digits), atol=1e-5)
+        assert looked_at == looked_at_alone
+        fresh = truth.untrained(learner, SMALL, 3).logits(digits)
+        assert not torch.allclose(policy.logits(digits), fresh, atol=1e-4)
+
+
+class OneByOne:
+    """A policy as ``policy_step`` trains it: one code and one edge at a time."""
+
+    def __init__(self, policy: TablePolicy, uniform: list[float]) -> None:
+        self.policy, self.uniform = policy, iter(uniform)
+
+    def sample(self, inputs: Sequence[int], _: torch.Generator) -> Rollout:
+        p = self.policy
+        outputs: list[int] = []
+        chosen, entropy = [], []
+        for code in inputs:
+            digits = SMALL.digits(np.array([code]))[0]
+            logits = p.logits(torch.from_numpy(digits)[None])[0]
+            after, logps, entropies = [], [], []
+            for edge, digit in enumerate(digits.tolist()):
+                logp = bm_log_softmax(logits[edge], p.known[edge, digit])
+                source = bm_log_softmax(logits[edge], p.drawable[edge, digit]).detach().exp()
+                action = int((source.cumsum(0) <= next(self.uniform) * source.sum()).sum())
+                after.append(action if p.mask[edge, digit, action] else digit)
+                logps.append(logp[action])
+                possible = logp[logp > -np.inf]
+                entropies.append(-(possible.exp() * possible).sum())
+            outputs.append(int(SMALL.codes(np.array(after))))
+            chosen.append(torch.stack(logps).sum())
+            entropy.append(torch.stack(entropies).sum())
+        return Rollout(outputs, torch.stack(chosen), torch.stack(entropy))
+
+
+@pytest.mark.parametrize("learner", VARIANTS)
+def test_training_is_policy_step_one_code_at_a_time(learner: Learner) -> None:
+    training, seed = EVERYTHING[20:], 5
+    learner = replace(learner, updates=3, lr=0.01, lr_last=0.001)
+    ((ours, _),) = truth.train([learner], SMALL, training, seed)
+    plain = truth.untrained(learner, SMALL, seed)
+    network = plain.network
+    assert isinstance(network, torch.nn.Module)
+    optimizer = torch.optim.Adam(
+        network.parameters(), betas=learner.betas, weight_decay=learner.weight_decay
+    )
+    baseline = None
+    for update in range(learner.updates):
+        draw = stream(seed, "update", update)
+        chosen = torch.randint(len(training), (learner.architectures,), generator=draw)
+        uniform = torch.rand(learner.architectures, 3, learner.rollouts, generator=draw)
+        done = update / learner.updates
+        optimizer.param_groups[0]["lr"] = 0.01 + (0.001 - 0.01) * done
+        first = learner.entropy_weight
+        last = first if learner.entropy_last is None else learner.entropy_last
+        step = policy_step(
+            OneByOne(plain, uniform.transpose(1, 2).flatten().tolist()), optimizer,
+            training[chosen.numpy()].tolist(), learner.rollouts,
+            lambda b, a: truth.earned(SMALL, np.array(b), np.array(a)).tolist(), baseline,
+            first + (last - first) * done, 0.99, draw, learner.baseline,
+        )  # fmt: skip
+        baseline = step["baseline"]
+    digits = torch.from_numpy(SMALL.digits(EVERYTHING))
+    assert torch.allclose(ours.logits(digits), plain.logits(digits), atol=1e-5)
 
 
 # --- judging -------------------------------------------------------------------------------------
@@ -318,13 +388,6 @@ def test_without_a_table_the_recorded_results_are_shown(
     assert recorded.values("NAT++", "gain") == here.values("NAT++", "gain")
     assert recorded.source == "our recorded results, because the table is not here"
     assert records.RunStore.default().root == tmp_path / "elsewhere"
-
-
-def test_masked_probabilities_are_those_of_bm_softmax() -> None:
-    one = policy()
-    logits, mask = one.scores(torch.from_numpy(SMALL.digits(EVERYTHING)))
-    drawn_from, _ = one._log_probabilities(logits, mask)
-    assert torch.allclose(drawn_from.exp(), bm_softmax(logits, mask))
 
 
 def test_variants_differ_in_what_they_name() -> None:
