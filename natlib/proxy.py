@@ -106,16 +106,15 @@ def scores(
     )  # fmt: skip
 
 
-def choices(space: Space, rule: str, values: Values) -> Codes:
+def choices(closures: Sequence[Codes], values: Values) -> Codes:
     """Return for each architecture what a judge of all makes of it: its closure's best by value.
 
     Of equal ones the first in the order of the codes is taken; NaN is never chosen, and what has
     nothing else in its closure stays as it is.
     """
-    allowed = space.allowed(by_name(rule, space.primitives))
     chosen = []
-    for code in range(space.size):
-        reached = np.sort(space.closure(allowed, code))
+    for code, closure in enumerate(closures):
+        reached = np.sort(closure)
         known = reached[~np.isnan(values[reached])]
         chosen.append(known[values[known].argmax()] if len(known) else code)
     return np.array(chosen)
@@ -155,13 +154,14 @@ def judges(records: Sequence[Record], space: Space, rule: str) -> dict[str, Judg
         "MAdds": [(space.madds, space.test)],
     }
     distinct = np.unique(space.computation, return_index=True)[1]
+    closures = space.closures(space.allowed(by_name(rule, space.primitives)))
 
     def correlation(values: Values, test: Values) -> RankCorrelation:
         known = distinct[~np.isnan(values[distinct])]
         return rank_correlation(values[known], test[known])
 
     def gain(values: Values, test: Values) -> float:
-        return float((test[choices(space, rule, values)] - test).mean())
+        return float((test[choices(closures, values)] - test).mean())
 
     return {
         name: Judge(

@@ -98,6 +98,10 @@ class Space:
             reached = (reached[:, None] + steps).ravel()
         return reached[self.cheaper(reached, np.asarray(code))]
 
+    def closures(self, allowed: NDArray[np.bool_]) -> list[Codes]:
+        """Return the ``closure`` of every architecture, by code."""
+        return [self.closure(allowed, code) for code in range(self.size)]
+
     def split(self, held_out: int, generator: torch.Generator) -> tuple[Codes, Codes]:
         """Draw ``held_out`` architectures; return them and those that compute as none of them does.
 

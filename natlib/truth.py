@@ -721,7 +721,7 @@ def describe(run: Run) -> dict[str, Any]:
     rules = {}
     for rule in config.rules:
         allowed = space.allowed(by_name(rule, space.primitives))
-        closures = [space.closure(allowed, code) for code in range(space.size)]
+        closures = space.closures(allowed)
         gains = np.array([space.validation[c].max() for c in closures]) - space.validation
         names = space.primitives
         rules[rule] = {
