@@ -19,7 +19,8 @@ PY     := .venv/bin/python
 SETUP  := .venv/installed
 SCALES := smoke reduced extended paper
 GRAPH   = $(PY) scripts/graph.py --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS))
-EXECUTE = $(MAKE) --no-print-directory -j $(NOTEBOOKS) -f .make/graph.mk
+EXECUTE = $(PY) scripts/warm.py $$(< .make/shared_imports) -- \
+          $(MAKE) --no-print-directory -j $(NOTEBOOKS) -f .make/graph.mk
 
 # The runner ends when this make was killed.
 export NATLIB_MAKE := $(shell echo $$PPID)

@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,21 @@ def executed(names: list[str]) -> str:
     return " ".join(str(EXECUTED / f"{name}.ipynb") for name in names)
 
 
+def shared_imports(names: list[str]) -> list[str]:
+    """Return what several of the notebooks that are to run import, with their runner's imports."""
+    times: Counter[str] = Counter()
+    for name in names:
+        done, needs = EXECUTED / f"{name}.ipynb", STATE / f"{name}.hash"
+        if not done.exists() or done.stat().st_mtime < needs.stat().st_mtime:
+            notebook = read_notebook(Path("notebooks") / f"{name}.ipynb")
+            times.update(set().union(*map(imported_names, code_of(notebook))))
+    shared = sorted(module for module, n in times.items() if n > 1)
+    # What trains needs torch._dynamo, which torch imports late and for longer than itself.
+    trains = any(file.name == "train.py" for file in module_files(shared))
+    late = ["torch._dynamo"] if trains else []
+    return [*shared, *late, "papermill", "ipykernel.ipkernel"] if shared else []
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,8 +98,9 @@ def main() -> int:
     given = {"scale": scale, "dataset": dataset["name"], "checksums": dataset["checksums"]}
 
     workers = ["--workers", str(arguments.workers)] if arguments.workers else []
-    runner = [sys.executable, str(Path(__file__).with_name("run_notebook.py"))]
+    runner = str(Path(__file__).with_name("run_notebook.py"))
     options = ["--scale", scale, *workers]
+    python = f"$${{NATLIB_PYTHON:-{shlex.quote(sys.executable)}}}"  # see warm.py
     first = [name for name in names if name not in arguments.names]
     rules = ["# written by scripts/graph.py", "all:", ".PHONY: all upstream"]
     rules += [f"all: {executed(names)}", f"upstream: {executed(first)}"]
@@ -95,8 +112,9 @@ def main() -> int:
         if arguments.fresh or not file.exists() or file.read_text() != text:
             write_text(file, text)
         rules.append(f"{executed([name])}: {file} {executed(experiment.after)}")
-        rules.append(f"\t@{shlex.join([*runner, name, *options])}")
+        rules.append(f"\t@{python} {shlex.join([runner, name, *options])}")
     write_text(STATE / "graph.mk", "\n".join(rules) + "\n")
+    write_text(STATE / "shared_imports", " ".join(shared_imports(names)) + "\n")
     minutes = sum(experiments[name].minutes.get(scale, 0) for name in names)
     print(f"{len(names)} notebooks at scale {scale}", end="")
     about = f"{math.ceil(minutes)} min" if minutes < 120 else f"{minutes / 60:.0f} h"

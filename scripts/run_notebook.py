@@ -53,7 +53,8 @@ class OwnKernel(AsyncKernelManager):
     @property
     def kernel_spec(self) -> Any:
         """What to start."""
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        python = os.environ.get("NATLIB_PYTHON", sys.executable)  # see warm.py
+        command = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
 
