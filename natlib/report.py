@@ -362,7 +362,9 @@ def plot_intervals(
     axes.set_yticks(range(len(intervals)), labels)
     axes.set_ylim(len(intervals) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    axes.set(xlabel=xlabel, title=title)
+    axes.set_xlabel(xlabel)
+    if title:  # over the labels too, which take half the width
+        chart.suptitle(title, x=0.02, ha="left", fontsize=10)
     return chart
 
 
