@@ -25,6 +25,7 @@ from natlib.operations import (
     cat,
     keep_freed_memory,
     pick,
+    pointwise,
     takes_relu,
 )
 from natlib.primitives import primitive
@@ -108,7 +109,7 @@ class _InputLayer(nn.Module):
             out: Tensor = self.reduction(relu, columns)
         else:
             assert self.conv is not None and self.bn is not None
-            out = self.bn(F.conv2d(relu, pick(self.conv.weight, columns)))
+            out = self.bn(pointwise(relu, pick(self.conv.weight, columns)))
         return out
 
 
