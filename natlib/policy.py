@@ -19,15 +19,24 @@ from natlib.genotype import INPUTS, Genotype
 from natlib.transitions import Transitions
 
 
+def _masked_rows(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits (K, ...) with -inf where the mask is off; K stands first in memory.
+
+    The CPU library takes a softmax over few neighbours element by element, one over a first
+    dimension many rows at a time: ten times as fast for K = 13.
+    """
+    if not bool(mask.any(-1).all()):
+        raise NatlibError("BMSoftmax got a mask that allows nothing; each row needs one True")
+    return logits.masked_fill(~mask, -math.inf).movedim(-1, 0).contiguous()
+
+
 def bm_log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Logarithm of ``bm_softmax``; -inf where the mask is off, gradient exactly 0 there.
 
     ``logits`` (..., K) finite, ``mask`` bool, broadcastable to it. Raises NatlibError where a row
     allows nothing.
     """
-    if not bool(mask.any(-1).all()):
-        raise NatlibError("BMSoftmax got a mask that allows nothing; each row needs one True")
-    return F.log_softmax(logits.masked_fill(~mask, -math.inf), -1)
+    return _masked_rows(logits, mask).log_softmax(0).movedim(0, -1)
 
 
 def bm_softmax(logits: Tensor, mask: Tensor) -> Tensor:
@@ -37,19 +46,27 @@ def bm_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     gradient exactly 0; finite logits of any size give finite results. Raises NatlibError where a
     row allows nothing. Source: NAT++ (TPAMI 2021), Sec. 4.2.
     """
-    return bm_log_softmax(logits, mask).exp()
+    return _masked_rows(logits, mask).softmax(0).movedim(0, -1)
 
 
-def draw(log_probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one index for each row of log-probabilities: (..., K) to int64 (...)."""
-    p = log_probabilities.detach().exp()
-    return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
+def draw(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw R times (..., R) from each row of log-probabilities (..., K), never what is at -inf.
+
+    ``uniform`` (broadcastable to the result) holds a number in [0, 1) for each. What is drawn is
+    the first index whose cumulative probability exceeds it, as a share of the last one.
+    """
+    # A softmax of logarithms is their exponential, without its slow path for -inf.
+    p = log_probabilities.detach().movedim(-1, 0).softmax(0).movedim(0, -1)
+    cumulative = p.contiguous().cumsum(-1)
+    top = cumulative[..., -1:]
+    at = torch.minimum(uniform * top, torch.nextafter(top, torch.zeros_like(top)))
+    return torch.searchsorted(cumulative, at, right=True)
 
 
 def entropy_terms(log_probabilities: Tensor) -> Tensor:
     """Return -p log p (nats), elementwise: 0 where p is 0, in the gradient as well."""
-    p = log_probabilities.exp()
-    return -(p * log_probabilities.masked_fill(torch.isinf(log_probabilities), 0))
+    finite = log_probabilities.masked_fill(torch.isinf(log_probabilities), 0)
+    return -(finite.exp() * finite)
 
 
 @dataclass(frozen=True)
@@ -310,10 +327,10 @@ class GCNLogits(nn.Module):
         if d > most:
             raise NatlibError(f"a node has {d} incoming edges; this policy was built for {most}")
         rows, where = self.distinct_rows(batch)
-        features = self.first(F.relu(self.project_nodes(rows)))
+        features = self.first(F.relu(self.project_nodes(rows), inplace=True))
         x = features.index_select(0, where).view(b, n + INPUTS, -1)
         a = self.adjacency(batch)
-        hidden = torch.bmm(a[:, INPUTS:], F.relu(torch.bmm(a, x)))
+        hidden = torch.bmm(a[:, INPUTS:], F.relu(torch.bmm(a, x), inplace=True))
         # The second convolution's weights and the head have no nonlinearity between them.
         weight = self.head.weight @ self.second.weight
         logits = F.linear(hidden, weight, self.head.bias).view(b, n, most, k)
@@ -415,27 +432,32 @@ class Policy:
         genotypes: Sequence[Genotype],
         generator: torch.Generator,
         encoded: CellBatch | None = None,
+        times: int = 1,
     ) -> Rollout:
-        """Sample one rewriting of each genotype; ``encoded`` saves encoding them again."""
+        """Sample ``times`` rewritings of each genotype, side by side.
+
+        ``encoded`` saves encoding them again.
+        """
         batch = encoded or self.encode(genotypes)
         logp = self.log_probabilities(batch)
-        return self._rollout(genotypes, batch, logp, draw(logp, generator))
+        # Drawn on the CPU: the same numbers on every device.
+        uniform = torch.rand(*logp.shape[:-1], times, generator=generator).to(logp.device)
+        actions = draw(logp, uniform)
+        # Sums over both cells' edges, (genotypes, times).
+        keep = batch.present[..., None]
+        both = (len(genotypes), -1, times)
+        chosen = (logp.gather(-1, actions) * keep).view(both).sum(1)
+        entropy = (entropy_terms(logp).sum(-1) * batch.present).view(len(genotypes), -1).sum(1)
+        repeated = [g for g in genotypes for _ in range(times)]
+        cells = actions.view(len(genotypes), 2, *actions.shape[1:]).movedim(-1, 1)
+        return Rollout(
+            decode(repeated, cells.flatten(0, 2), self.transitions.primitives),
+            chosen.flatten(),
+            entropy.repeat_interleave(times),
+        )
 
     def most_likely(self, genotypes: Sequence[Genotype]) -> list[Genotype]:
         """Return the argmax rewriting of each genotype (the paper's Maximum-GCN)."""
         with torch.no_grad():
             actions = self.log_probabilities(self.encode(genotypes)).argmax(-1)
         return decode(genotypes, actions, self.transitions.primitives)
-
-    def _rollout(
-        self, genotypes: Sequence[Genotype], batch: CellBatch, logp: Tensor, actions: Tensor
-    ) -> Rollout:
-        chosen = logp.gather(-1, actions[..., None])[..., 0]
-        entropy = entropy_terms(logp).sum(-1)
-        keep = batch.present
-        both = (len(genotypes), -1)
-        return Rollout(
-            decode(genotypes, actions, self.transitions.primitives),
-            (chosen * keep).view(both).sum(1),
-            (entropy * keep).view(both).sum(1),
-        )

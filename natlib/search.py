@@ -306,7 +306,7 @@ def policy_step(
     ``baseline``, of the ``kind`` that ``advantages`` describes. Source: NAT, Sec. 4.3, Eqs. 9-10.
     """
     repeated = [g for g in inputs for _ in range(rollouts)]
-    rollout = policy.sample(repeated, generator)
+    rollout = policy.sample(inputs, generator, times=rollouts)
     rewards = torch.tensor(reward(repeated, rollout.genotypes), dtype=torch.float32)
     advantage, after = advantages(rewards, rollouts, kind, baseline, baseline_decay)
     gain = (advantage * rollout.log_probability).mean()

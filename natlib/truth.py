@@ -25,6 +25,7 @@ from natlib.policy import (
     UniformLogits,
     bm_log_softmax,
     build_logits,
+    draw,
     entropy_terms,
 )
 from natlib.records import Body, Record, Run, RunStore
@@ -89,7 +90,7 @@ class TablePolicy:
         """Sample rewritings of each code: (len(inputs), times)."""
         digits = torch.from_numpy(self.space.digits(inputs))
         logp = bm_log_softmax(self.logits(digits), self.drawable[self.edges, digits])
-        actions = sampled(logp, torch.rand(*digits.shape, times, generator=generator))
+        actions = draw(logp, torch.rand(*digits.shape, times, generator=generator))
         return np.asarray(rewritten(self.mask, self.powers, digits, actions))
 
     @torch.no_grad()
@@ -106,19 +107,6 @@ class TablePolicy:
         digits = torch.from_numpy(self.space.digits(inputs))
         allowed = self.logits(digits).softmax(-1) * self.mask[self.edges, digits]
         return float(allowed.sum(-1).prod(-1).mean())
-
-
-def sampled(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw R times (..., R) from each row of log-probabilities (..., K), never what is at -inf.
-
-    ``uniform`` (broadcastable to the result) holds a number in [0, 1) for each. What is drawn is
-    the first index whose cumulative probability exceeds it, as a share of the last one.
-    ``policy.draw`` needs a number for each probability.
-    """
-    cumulative = log_probabilities.detach().exp().cumsum(-1)
-    top = cumulative[..., -1:]
-    at = torch.minimum(uniform * top, torch.nextafter(top, torch.zeros_like(top)))
-    return torch.searchsorted(cumulative, at, right=True)
 
 
 def rewritten(mask: Tensor, powers: Tensor, digits: Tensor, actions: Tensor) -> Tensor:
@@ -243,7 +231,7 @@ def _train_alike(
         scores = logits(policy.encode(digits))[:, :, policy.nodes, policy.slots]
         logp = bm_log_softmax(scores, known[:, policy.edges, digits])
         source = bm_log_softmax(scores.detach(), drawable[:, policy.edges, digits])
-        actions = sampled(source, uniform)
+        actions = draw(source, uniform)
         after = rewritten(allowed, policy.powers, digits, actions).numpy()
         seen[:, inputs] = True
         seen[everyone, after] = True

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from natlib import NatlibError, natbench, records, tabular, truth
-from natlib.policy import CellBatch, GCNConfig, LSTMConfig, Rollout, UniformLogits, bm_log_softmax
+from natlib.policy import (
+    CellBatch,
+    GCNConfig,
+    LSTMConfig,
+    Rollout,
+    UniformLogits,
+    bm_log_softmax,
+    draw,
+)
 from natlib.search import policy_step
 from natlib.train import stream
 from natlib.transitions import by_name
@@ -82,11 +90,11 @@ def test_rejection_draws_as_bm_softmax_does_but_its_gradient_knows_no_mask() -> 
 
 @given(st.integers(0, 2**31))
 def test_draws_follow_the_probabilities(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    logits = torch.from_numpy(draw.normal(0, 3, (2, 3, 4)).astype(np.float32))
-    mask = torch.from_numpy(draw.random((2, 3, 4)) < 0.6) | (torch.arange(4) == 1)
+    numbers = np.random.default_rng(seed)
+    logits = torch.from_numpy(numbers.normal(0, 3, (2, 3, 4)).astype(np.float32))
+    mask = torch.from_numpy(numbers.random((2, 3, 4)) < 0.6) | (torch.arange(4) == 1)
     logp = bm_log_softmax(logits, mask)
-    actions = truth.sampled(logp, torch.rand(2, 3, 4000, generator=generator(seed)))
+    actions = draw(logp, torch.rand(2, 3, 4000, generator=generator(seed)))
     counts = torch.nn.functional.one_hot(actions, 4).sum(2) / 4000
     assert torch.allclose(counts, logp.exp(), atol=0.05)
     assert (logp.gather(-1, actions) > -np.inf).all()
@@ -95,7 +103,7 @@ def test_draws_follow_the_probabilities(seed: int) -> None:
 def test_draws_at_the_edges_of_the_unit_interval() -> None:
     # Where the uniform number is 0, or rounds up to the whole, still nothing forbidden is drawn.
     logp = torch.tensor([-np.inf, np.log(0.3), np.log(0.7), -np.inf])
-    assert truth.sampled(logp, torch.tensor([0.0, 1.0])).tolist() == [1, 2]
+    assert draw(logp, torch.tensor([0.0, 1.0])).tolist() == [1, 2]
 
 
 def test_masking_after_sampling_leaves_forbidden_edges_as_they_were() -> None:
@@ -201,11 +209,11 @@ class OneByOne:
     def __init__(self, policy: TablePolicy, uniform: list[float]) -> None:
         self.policy, self.uniform = policy, iter(uniform)
 
-    def sample(self, inputs: Sequence[int], _: torch.Generator) -> Rollout:
+    def sample(self, inputs: Sequence[int], _: torch.Generator, times: int) -> Rollout:
         p = self.policy
         outputs: list[int] = []
         chosen, entropy = [], []
-        for code in inputs:
+        for code in (code for code in inputs for _ in range(times)):
             digits = SMALL.digits(np.array([code]))[0]
             logits = p.logits(torch.from_numpy(digits)[None])[0]
             after, logps, entropies = [], [], []
