@@ -42,7 +42,7 @@ export NATLIB_FRESH := $(shell date +%s)
 GRAPH += --fresh
 endif
 
-.PHONY: help setup reproduce test lint book verify reference transform bench notebook lab stale \
+.PHONY: help setup reproduce test lint book verify reference restore transform bench notebook lab stale \
         clean distclean
 
 help: ## print this list
@@ -134,6 +134,9 @@ verify: $(SETUP) ## compare this machine's results of SCALE with the recorded on
 
 reference: $(SETUP) ## record this machine's results of SCALE as the reference
 	@$(PY) scripts/verify.py record --scale $(SCALE)
+
+restore: $(SETUP) ## go on from the recorded results of SCALE instead of computing them again
+	@$(PY) scripts/verify.py restore --scale $(SCALE)
 
 bench: $(SETUP) ## measure speed: a table, and JSON in runs/bench.json
 	@$(PY) scripts/bench.py

@@ -337,6 +337,33 @@ class Comparison:
             "chance": 100 / splits(self.images).classes,
         }
 
+    def about(self) -> str:
+        """What was trained, in a sentence without its full stop."""
+        told = self.told()
+        return (
+            f"{told['trainings']} trainings on {self.images.train:,} images of "
+            f"{self.images.dataset} at {self.images.image_size} pixels, {told['epochs']} epochs, "
+            f"hand-crafted networks at {self.size.width:g} of their channels, others with "
+            f"{self.size.channels} channels and {self.size.cells} cells; accuracy on "
+            f"{self.images.test:,} test images"
+        )
+
+    def kept(self) -> dict[str, dict[str, list[float]]]:
+        """Rows for ``evidence.keep``: accuracy, its change, those of cost at the published size."""
+        rows: dict[str, dict[str, list[float]]] = {}
+        for network, method in self._rows():
+            new = self.accuracy(method, network)
+            row = rows[f"{network}, {method}"] = {"top-1 (%)": new}
+            if method == ORIGINAL:
+                continue
+            old = self.accuracy(ORIGINAL, network)
+            row["change (points)"] = [b - a for a, b in zip(old, new, strict=True)]
+            macro, start = self.networks[network].published, self.cost(ORIGINAL, network)
+            costs = [network_cost(g, macro) for g in self.genotypes[method][network]]
+            row["params change (%)"] = [c.params / start[0] - 1 for c in costs]
+            row["MAdds change (%)"] = [c.madds / start[1] - 1 for c in costs]
+        return rows
+
     def _rows(self) -> Iterator[tuple[str, str]]:
         for network in self.networks:
             for method, group in self.genotypes.items():

@@ -515,7 +515,7 @@ def read_all(root: Path) -> Iterator[Record]:
 def read_reference(scale: str, repository: Path = REPOSITORY) -> list[Record]:
     """Return the recorded reference results of ``scale``; empty where none are recorded.
 
-    They carry no artifacts. Raises NatlibError where the file is damaged.
+    Files of their artifacts are not there. Raises NatlibError where the file is damaged.
     """
     path = repository / "results" / "reference" / scale / "records.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Compare this machine's records with the recorded reference, cell by cell, or record a reference.
+"""Compare this machine's records with the recorded reference, cell by cell; record it, restore it.
 
 Every number in every record is a cell; of a list of numbers, its mean and its length. A record that
 depends on no seed must give the same values anywhere. One that does may differ between machines, as
@@ -123,15 +123,14 @@ def judge(reference: float | str, here: float | str, allowed: float | None) -> s
     return "not judged" if allowed is None else "inside" if inside else "OUTSIDE"
 
 
-def used_records(scale: str) -> list[Record]:
-    """Return the records that the executed notebooks of ``scale`` used on this machine."""
-    found: dict[str, Record] = {}
+def used_records(scale: str) -> dict[str, list[Record]]:
+    """Return the records that each executed notebook of ``scale`` used on this machine."""
+    found: dict[str, list[Record]] = {}
     for manifest in sorted((RUNS / "manifests" / scale).glob("*.json")):
-        for entry in json.loads(manifest.read_text()):
-            path = RUNS / entry["kind"] / entry["key"] / "record.json"
-            if path.exists():
-                found[entry["key"]] = read_record(path)
-    return list(found.values())
+        entries = {e["key"]: e["kind"] for e in json.loads(manifest.read_text())}
+        paths = [RUNS / kind / key / "record.json" for key, kind in entries.items()]
+        found[manifest.stem] = [read_record(path) for path in paths if path.exists()]
+    return found
 
 
 def folder_of(scale: str) -> Path:
@@ -140,25 +139,65 @@ def folder_of(scale: str) -> Path:
 
 
 def record_reference(scale: str) -> int:
-    """Record this machine's results of ``scale`` as the reference."""
-    records = used_records(scale)
-    if not records:
+    """Record this machine's results of ``scale`` as the reference.
+
+    Notebooks that were not executed here keep what is recorded of them: long runs grow page by
+    page, over sessions and machines.
+    """
+    here = used_records(scale)
+    if not any(here.values()):
         raise NatlibError(f"no records of scale {scale} here: run `make reproduce SCALE={scale}`")
+    folder = folder_of(scale)
+    pages = {page: [r.key for r in records] for page, records in here.items()}
+    kept: dict[str, Record] = {}
+    if (folder / "pages.json").is_file():
+        known = {r.key: r for r in read_reference(scale, Path())}
+        earlier: dict[str, list[str]] = json.loads((folder / "pages.json").read_text())
+        for page in earlier.keys() - pages.keys():
+            pages[page] = earlier[page]
+            kept |= {key: known[key] for key in earlier[page]}
+    records = list((kept | {r.key: r for rs in here.values() for r in rs}).values())
     contents = []
     for record in sorted(records, key=lambda r: (r.kind, r.key)):
         content = asdict(record)
-        del content["path"], content["artifacts"]
-        contents.append({**content, "artifacts": {}})
-    folder = folder_of(scale)
+        del content["path"]
+        contents.append(content)
     write_text(folder / "records.json", json.dumps(contents, indent=1) + "\n")
+    write_text(folder / "pages.json", json.dumps(pages, indent=1, sort_keys=True) + "\n")
     limits = tolerances(records)
     write_text(folder / "tolerances.json", json.dumps(limits, indent=1, sort_keys=True) + "\n")
     single = [f"{kind} {name}" for kind, m in limits.items() for name, v in m.items() if v is None]
     print(f"{len(records)} records of scale {scale} written to {folder}")
+    if kept:
+        print(f"{len(kept)} of them from earlier: their notebooks were not executed here")
     if single:
         print(f"of one seed only, so not judged by verify: {', '.join(single)}")
     if any(record.provenance["dirty"] for record in records):
         print("note: some were made with uncommitted changes to the code")
+    return 0
+
+
+def restore(scale: str) -> int:
+    """Put the reference's records of ``scale`` where this machine's are, to go on from them."""
+    references = read_reference(scale, Path())
+    if not references:
+        raise NatlibError(f"no reference of scale {scale} is recorded in {folder_of(scale)}")
+    restored, without = 0, 0
+    for record in references:
+        path = RUNS / record.kind / record.key / "record.json"
+        if path.exists():
+            continue
+        content = asdict(record)
+        del content["path"]
+        write_text(path, json.dumps(content, indent=1) + "\n")
+        restored += 1
+        without += bool(record.artifacts)
+    print(f"{restored} of {len(references)} records of scale {scale} restored to {RUNS}")
+    if without:
+        print(
+            f"{without} are of supernets and policies and come without their weights: what needs "
+            "these stops and names the folder to delete, so that they are trained again"
+        )
     return 0
 
 
@@ -168,7 +207,7 @@ def verify(scale: str) -> int:
     if not references:
         raise NatlibError(f"no reference of scale {scale} is recorded in {folder_of(scale)}")
     limits: Tolerances = json.loads((folder_of(scale) / "tolerances.json").read_text())
-    here = {record.key: record for record in used_records(scale)}
+    here = {record.key: record for records in used_records(scale).values() for record in records}
     rows = []
     for reference in references:
         if reference.key not in here:
@@ -220,11 +259,12 @@ def print_table(rows: list[tuple[Any, ...]]) -> None:
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["check", "record"])
+    actions = {"check": verify, "record": record_reference, "restore": restore}
+    parser.add_argument("action", choices=actions)
     parser.add_argument("--scale", required=True)
     arguments = parser.parse_args()
     require(arguments.scale, SCALES, "scale")
-    return (verify if arguments.action == "check" else record_reference)(arguments.scale)
+    return actions[arguments.action](arguments.scale)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ LAYERS = [
     {"search"},
     {"truth"},
     {"report"},
-    {"compare", "proxy"},
+    {"compare", "evidence", "proxy"},
     {"ablation"},
 ]
 LEAVES = {"data", "records"}
@@ -83,7 +83,7 @@ def test_imports_go_one_way() -> None:
     for leaf in LEAVES:
         assert not own_imports(leaf) & (set(level) - {"errors"})
     assert [m for m in MODULES if "report" in own_imports(m)] == [
-        "ablation", "compare", "coverage", "proxy"
+        "ablation", "compare", "coverage", "evidence", "proxy"
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import nbformat
 import pytest
 import yaml
 
+from natlib import NatlibError
 from natlib.records import REPOSITORY, Record, RunStore
 from natlib.sources import module_hash
 from tests import record_bodies as bodies
@@ -440,7 +442,9 @@ def test_wrong_variables_are_refused(argument: str, message: str) -> None:
 def test_help_is_the_default_and_lists_every_target() -> None:
     done = subprocess.run(["make", "-C", str(REPOSITORY)], capture_output=True, text=True)
     assert done.returncode == 0
-    targets = "reproduce test lint book verify reference transform bench notebook stale clean"
+    targets = (
+        "reproduce test lint book verify reference restore transform bench notebook stale clean"
+    )
     for target in [*targets.split(), "distclean", "help"]:
         assert f"\n  {target} " in done.stdout
 
@@ -558,11 +562,57 @@ def test_stale_lists_records_of_older_source(project: Project) -> None:
     assert f"walk  {record.key}  made " in out
 
 
-def test_reference_holds_no_artifacts(verifier: Any, tmp_path: Path) -> None:
+def test_reference_holds_every_record_as_it_was_made(verifier: Any, tmp_path: Path) -> None:
     made = Verified(tmp_path).records
     verifier.record_reference("smoke")
     read: list[Record] = verifier.read_reference("smoke", tmp_path)
     assert {r.key for r in read} == {r.key for r in made}
-    assert replace(read[0], path=made[0].path, artifacts={}) in [
-        replace(r, artifacts={}, path=made[0].path) for r in made
-    ]
+    path = made[0].path
+    assert all(replace(r, path=path) in [replace(m, path=path) for m in made] for r in read)
+
+
+def test_reference_grows_page_by_page_and_is_gone_on_from(
+    verifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Verified(tmp_path).records
+    verifier.record_reference("smoke")
+    # Another session: nothing is here, then one other page is executed.
+    shutil.rmtree(tmp_path / "runs")
+    store = RunStore(tmp_path / "runs")
+    extra = store.run("fixed", bodies.Inner(2), bodies.fixed, recipe=1, data="")
+    manifest = tmp_path / "runs" / "manifests" / "smoke" / "two.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps([{"kind": extra.kind, "key": extra.key}]))
+    verifier.record_reference("smoke")
+    assert f"{len(made)} of them from earlier" in capsys.readouterr().out
+    keys = {r.key for r in verifier.read_reference("smoke", tmp_path)}
+    assert keys == {extra.key, *(r.key for r in made)}
+    assert verifier.restore("smoke") == 0
+    assert f"{len(made)} of {len(made) + 1} records" in capsys.readouterr().out
+    for record in made:
+        assert store.find(record.kind, record.key) == record
+    # The same page again replaces what was recorded of it.
+    manifest.write_text(json.dumps([{"kind": made[0].kind, "key": made[0].key}]))
+    verifier.record_reference("smoke")
+    assert extra.key not in {r.key for r in verifier.read_reference("smoke", tmp_path)}
+
+
+def test_restoring_says_which_records_come_without_their_files(
+    verifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Verified(tmp_path)
+    verifier.record_reference("smoke")
+    saved = {"end": {"path": "end.pt", "sha256": "0" * 64, "bytes": 1}}
+    rewrite(tmp_path, lambda r: {**r, "artifacts": saved} if r["kind"] == "walk" else r)
+    shutil.rmtree(tmp_path / "runs")
+    verifier.restore("smoke")
+    assert "4 are of supernets and policies and come without their weights" in (
+        capsys.readouterr().out
+    )
+    walk = next(r for r in verifier.read_reference("smoke", tmp_path) if r.kind == "walk")
+    found = RunStore(tmp_path / "runs").find("walk", walk.key)
+    assert found is not None
+    with pytest.raises(NatlibError, match=r"end\.pt is missing: delete .* and run again"):
+        found.artifact("end")
+    with pytest.raises(NatlibError, match="no reference of scale paper"):
+        verifier.restore("paper")

@@ -1,0 +1,88 @@
+"""What pages found on our own long runs, kept with the repository and shown at every scale."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from natlib.errors import NatlibError
+from natlib.records import Record, RunStore, read_reference
+from natlib.report import Table, duration, format_interval, interval
+
+Rows = Mapping[str, Mapping[str, Sequence[float]]]
+"""Row, column, one fraction a seed. Columns of changes have "change" in their name."""
+
+KIND = "page"
+LONG = "extended"
+
+
+@dataclass(frozen=True)
+class PageConfig:
+    """Which notebook found something, and at which scale."""
+
+    page: str
+    scale: str
+
+
+def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) -> Record:
+    """Record what a page found, so that ``make reference`` keeps it and ``recorded`` shows it.
+
+    ``used`` are the records that it rests on, whose computing time and machines are added up;
+    ``about`` says in words what was run. Raises NatlibError where there is nothing to keep.
+    """
+    if not rows or not used:
+        raise NatlibError(f"page {page!r} keeps {len(rows)} rows from {len(used)} records")
+    distinct = {record.key: record for record in used}
+    machines = dict.fromkeys(
+        "{device}, {cpu}, threads: {threads}".format(**r.provenance) for r in distinct.values()
+    )
+    found = {
+        "rows": {
+            row: {column: [float(v) for v in values] for column, values in columns.items()}
+            for row, columns in rows.items()
+        },
+        "about": about,
+        "machines": list(machines),
+        "seconds": sum(float(r.provenance["wall_seconds"]) for r in distinct.values()),
+    }
+    # One key stands for those of all records, of which there may be hundreds.
+    keys = hashlib.sha256(" ".join(sorted(distinct)).encode()).hexdigest()[:16]
+    return RunStore.default().run(
+        KIND, PageConfig(page, scale), lambda _: found, recipe=1, data="", inputs={"records": keys}
+    )
+
+
+def recorded(page: str, scale: str = LONG) -> Table:
+    """Show what the recorded reference of a scale holds of a page; say so where it holds nothing.
+
+    Changes are means with 95 % intervals over the seeds, other values means ± half an interval.
+    """
+    records = [r for r in read_reference(scale) if r.kind == KIND and r.config["page"] == page]
+    if not records:
+        frame = pd.DataFrame(
+            {f"{scale} scale": ["Not run yet: this page has no recorded results of this scale."]}
+        )
+        return Table(frame, f"Recorded at the {scale} scale")
+    result = records[-1].result
+    rows = []
+    for name, columns in result["rows"].items():
+        count = max(len(values) for values in columns.values())
+        rows.append({"what": name, **{c: _cell(c, v) for c, v in columns.items()}, "n": count})
+    caption = (
+        f"Recorded at the {scale} scale: {result['about']}. n seeds each; ± and brackets are 95 % "
+        f"intervals over them. Computing time {duration(result['seconds'])} on "
+        f"{'; '.join(result['machines'])}."
+    )
+    return Table(pd.DataFrame(rows), caption)
+
+
+def _cell(column: str, values: Sequence[float]) -> str:
+    """Write a mean with its interval, in percent."""
+    i = interval(values)
+    if "change" in column:
+        return format_interval(i, counted=False)
+    half = f"\u00a0±\u00a0{100 * (i.high - i.mean):.1f}" if i.n > 1 else ""
+    return f"{100 * i.mean:.1f}{half}"
