@@ -30,6 +30,7 @@ import torch
 from natlib import latency as timing
 from natlib import natbench
 from natlib.cost import network_cost
+from natlib.data import Absent
 from natlib.errors import NatlibError
 from natlib.files import replacing, write_json
 from natlib.macro import MacroConfig
@@ -95,6 +96,29 @@ def train(which: Sequence[Training], workers: int, watch: Watch | None = None) -
         workers=workers,
         watch=watch,
     )
+
+
+def again(count: int, workers: int, scale: str) -> tuple[list[Training], list[Record], str]:
+    """Train ``count`` evenly spaced ones of the table again, or recall the reference of ``scale``.
+
+    Where CIFAR-10 cannot be had they are recalled. Returns the trainings, their records, and in
+    words where these come from. Raises NatlibError on a count that is not 1 to all of them.
+    """
+    every = trainings()
+    if not 1 <= count <= len(every):
+        raise NatlibError(f"{count} trainings; allowed are 1..{len(every)}")
+    which = [every[i * len(every) // count] for i in range(count)]
+    lacking = ""
+    try:
+        splits(TRAINING.data)
+    except Absent as absent:
+        lacking = absent.why
+    # The table names the images that it comes from.
+    records, source = RunStore.default().run_or_recall(
+        KIND, [config(t) for t in which], measure, recipe=RECIPE,
+        data=str(natbench.load().card["data"]), workers=workers, lacking=lacking, scale=scale,
+    )  # fmt: skip
+    return which[: len(records)], records, source
 
 
 def build(workers: int, part: tuple[int, int] = (1, 1), folder: Path = FOLDER) -> list[Record]:

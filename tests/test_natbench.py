@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from natlib import NatlibError, natbench, natbench_build
 from natlib.cost import network_cost
+from natlib.data import Absent
 from natlib.genotype import Cell, Edge, Genotype
 from natlib.macro import MacroConfig
 from natlib.natbench import SEEDS, SIZE
@@ -360,3 +362,30 @@ def test_the_command_line_names_what_is_wrong(tiny: None) -> None:
         natbench_build.main(["build", "--part", "3/2"])
     with pytest.raises(SystemExit, match="2"):
         natbench_build.main(["build", "--part", "half"])
+
+
+def test_some_trainings_again_are_spread_over_the_table(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checksum = natbench_build.splits(DATA).checksum
+    card = SimpleNamespace(card={"data": checksum})
+    monkeypatch.setattr(natbench_build.natbench, "load", lambda: card)
+    which, records, source = natbench_build.again(2, 1, "smoke")
+    assert which == [(20, 0), (1500, 0)]
+    assert [r.result for r in records] == [r.result for r in natbench_build.train(which, workers=1)]
+    assert source == "computed on this machine"
+    for count in (0, 6):
+        with pytest.raises(NatlibError, match=f"{count} trainings; allowed are 1..5"):
+            natbench_build.again(count, 1, "smoke")
+
+
+def test_without_the_images_trainings_are_recalled_or_none_are_shown(
+    tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(_: object) -> None:
+        raise Absent("cifar10", "CIFAR-10 cannot be had")
+
+    monkeypatch.setattr(natbench_build, "splits", absent)
+    which, records, source = natbench_build.again(2, 1, "smoke")
+    assert (which, records) == ([], [])
+    assert source.startswith("nothing to show yet, because")
