@@ -55,18 +55,35 @@ def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) 
     )
 
 
+def _latest(page: str, scale: str) -> Record | None:
+    """What the recorded reference of a scale holds of a page."""
+    records = [r for r in read_reference(scale) if r.kind == KIND and r.config["page"] == page]
+    return records[-1] if records else None
+
+
+def changes(page: str, scale: str = LONG) -> dict[str, list[float]]:
+    """Return the recorded changes of accuracy, row by row, one a seed; none where none are."""
+    record = _latest(page, scale)
+    return {
+        row: values
+        for row, columns in (record.result["rows"].items() if record else ())
+        for column, values in columns.items()
+        if "change (points)" in column
+    }
+
+
 def recorded(page: str, scale: str = LONG) -> Table:
     """Show what the recorded reference of a scale holds of a page; say so where it holds nothing.
 
     Changes are means with 95 % intervals over the seeds, other values means ± half an interval.
     """
-    records = [r for r in read_reference(scale) if r.kind == KIND and r.config["page"] == page]
-    if not records:
+    record = _latest(page, scale)
+    if record is None:
         frame = pd.DataFrame(
             {f"{scale} scale": ["Not run yet: this page has no recorded results of this scale."]}
         )
         return Table(frame, f"Recorded at the {scale} scale")
-    result = records[-1].result
+    result = record.result
     rows = []
     for name, columns in result["rows"].items():
         count = max(len(values) for values in columns.values())

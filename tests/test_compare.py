@@ -71,6 +71,7 @@ def test_a_page_is_told_sizes_and_the_range_of_the_originals(made_images: None) 
         }
     )
     told = result.told()
+    assert f"{told['trainings']} trainings on {told['train']} images" in result.about()
     assert (told["lowest"], told["highest"], told["chance"]) == pytest.approx((30, 60, 25))
     assert told["mixed_natpp"].startswith("+10.0")
     assert not {"mixed_nat", "mixed_nao"} & told.keys()
@@ -155,6 +156,27 @@ def test_the_summary_counts_improved_networks_and_costs() -> None:
         new, old = (found.cost(m, name)[1] for m in ("NAT", ORIGINAL))
         ratios.append(new / old)
     assert row["MAdds change (%)"] == pytest.approx(100 * (sum(ratios) / 2 - 1))
+
+
+def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
+    found = by_hand(
+        {
+            (ORIGINAL, "VGG16"): [0.5, 0.5],
+            (ORIGINAL, "ResNet20"): [0.5, 0.5],
+            ("NAT", "VGG16"): [0.6, 0.7],
+            ("NAT", "ResNet20"): [0.4, 0.5],
+        }
+    )
+    rows = found.kept()
+    assert rows["VGG16, original"] == {"top-1 (%)": [0.5, 0.5]}
+    assert rows["VGG16, NAT"]["change (points)"] == pytest.approx([0.1, 0.2])
+    (params, _), (old, _) = (found.cost(m, "VGG16") for m in ("NAT", ORIGINAL))
+    assert rows["VGG16, NAT"]["params change (%)"] == pytest.approx([params / old - 1] * 2)
+    assert rows["all networks, NAT"]["change (points)"] == pytest.approx([0.0, 0.1])
+    mixed = found.mixed("NAT")
+    assert sum(rows["all networks, NAT"]["change (points)"]) / 2 == pytest.approx(mixed.mean)
+    alone = by_hand({(ORIGINAL, "VGG16"): [0.5], ("NAT", "VGG16"): [0.6]})
+    assert list(alone.kept()) == ["VGG16, original", "VGG16, NAT"]
 
 
 def test_the_table_joins_what_is_printed_and_keeps_what_was_not_trained() -> None:

@@ -52,11 +52,14 @@ def test_what_is_kept_is_shown_with_its_spread_number_machine_and_time(
     assert table.frame["change (points)"][1] == "+2.0 [-10.7, 14.7]"
     assert "4 trainings. n seeds each" in table.caption
     assert used[0].provenance["cpu"] in table.caption
+    assert evidence.changes("table") == {"DARTS, NAT": [0.01, 0.03]}
+    assert evidence.changes("another") == {}
     assert evidence.recorded("another").frame["top-1 (%)"][0] == "50.0"
 
 
 def test_a_page_that_was_not_run_says_so(used: list[Record]) -> None:
     assert "Not run yet" in evidence.recorded("table").frame.iloc[0, 0]
+    assert evidence.changes("table") == {}
 
 
 def test_what_rests_on_other_records_is_another_record(used: list[Record]) -> None:
