@@ -30,13 +30,12 @@ import torch
 from natlib import latency as timing
 from natlib import natbench
 from natlib.cost import network_cost
-from natlib.data import Absent
 from natlib.errors import NatlibError
 from natlib.files import replacing, write_json
 from natlib.macro import MacroConfig
 from natlib.natbench import COLUMNS, FOLDER, RESULTS, SEEDS, SIZE
 from natlib.records import Record, Run, RunStore, Watch, as_json, cpu_model, git_state
-from natlib.train import DataConfig, TrainConfig, accuracy, fit, splits, stream
+from natlib.train import DataConfig, TrainConfig, accuracy, fit, lacking, splits, stream
 
 KIND = "natbench"
 RECIPE = 1
@@ -108,15 +107,10 @@ def again(count: int, workers: int, scale: str) -> tuple[list[Training], list[Re
     if not 1 <= count <= len(every):
         raise NatlibError(f"{count} trainings; allowed are 1..{len(every)}")
     which = [every[i * len(every) // count] for i in range(count)]
-    lacking = ""
-    try:
-        splits(TRAINING.data)
-    except Absent as absent:
-        lacking = absent.why
     # The table names the images that it comes from.
     records, source = RunStore.default().run_or_recall(
         KIND, [config(t) for t in which], measure, recipe=RECIPE,
-        data=str(natbench.load().card["data"]), workers=workers, lacking=lacking, scale=scale,
+        data=str(natbench.load().card["data"]), workers=workers, lacking=lacking(TRAINING.data), scale=scale,
     )  # fmt: skip
     return which[: len(records)], records, source
 

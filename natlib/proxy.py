@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 from natlib import natbench
-from natlib.data import Absent
 from natlib.macro import MacroConfig
 from natlib.natbench_build import DATA, MACRO
 from natlib.network import CellNetwork
@@ -20,7 +19,7 @@ from natlib.records import Record, Run, RunStore
 from natlib.report import RankCorrelation, format_interval, interval, rank_correlation
 from natlib.search import settings
 from natlib.tabular import Codes, Space, Values
-from natlib.train import DataConfig, accuracies, device, splits, stream, train_epochs
+from natlib.train import DataConfig, accuracies, device, lacking, splits, stream, train_epochs
 from natlib.transitions import by_name
 
 KIND = "proxy"
@@ -94,15 +93,10 @@ def scores(
     they are the recorded reference of ``scale``, if it holds them.
     """
     configs = [settings(ProxyConfig, {**setting, "seed": seed}) for seed in range(seeds)]
-    lacking = ""
-    try:
-        splits(DATA)
-    except Absent as absent:
-        lacking = absent.why
     # The table names the images that it comes from.
     return RunStore.default().run_or_recall(
         KIND, configs, score, recipe=RECIPE, data=str(natbench.load().card["data"]),
-        workers=workers, lacking=lacking, scale=scale,
+        workers=workers, lacking=lacking(DATA), scale=scale,
     )  # fmt: skip
 
 

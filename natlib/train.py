@@ -119,6 +119,15 @@ def splits(config: DataConfig) -> Splits:
     )
 
 
+def lacking(config: DataConfig) -> str:
+    """Say in a few words why the images of ``config`` cannot be had; "" where they can."""
+    try:
+        splits(config)
+    except data.Absent as absent:
+        return absent.why
+    return ""
+
+
 def macro_for(config: DataConfig, channels: int, cells: int) -> MacroConfig:
     """The DARTS-style macro architecture that fits the images of ``config``."""
     parts = splits(config)

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from natlib import NatlibError, natbench, natbench_build
 from natlib.cost import network_cost
-from natlib.data import Absent
 from natlib.genotype import Cell, Edge, Genotype
 from natlib.macro import MacroConfig
 from natlib.natbench import SEEDS, SIZE
@@ -382,10 +381,7 @@ def test_some_trainings_again_are_spread_over_the_table(
 def test_without_the_images_trainings_are_recalled_or_none_are_shown(
     tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(_: object) -> None:
-        raise Absent("cifar10", "CIFAR-10 cannot be had")
-
-    monkeypatch.setattr(natbench_build, "splits", absent)
+    monkeypatch.setattr(natbench_build, "lacking", lambda _: "there is no CIFAR-10")
     which, records, source = natbench_build.again(2, 1, "smoke")
     assert (which, records) == ([], [])
-    assert source.startswith("nothing to show yet, because")
+    assert source == "nothing to show yet, because there is no CIFAR-10"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from natlib import natbench, proxy, records, tabular
+from natlib import natbench, proxy, records, tabular, train
 from natlib.data import Absent
 from natlib.macro import MacroConfig
 from natlib.proxy import ProxyConfig
@@ -71,7 +71,7 @@ def test_without_the_images_the_recorded_results_are_shown(
     assert source == "computed on this machine"
     assert [r.config["seed"] for r in here] == [0, 1]
     monkeypatch.setenv("NATLIB_RUNS", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(proxy, "splits", absent)
+    monkeypatch.setattr(train, "splits", absent)
     assert proxy.scores(asked, 2, 1, "smoke") == ([], "nothing to show yet, because no images")
     monkeypatch.setattr(records, "read_reference", lambda scale: here)
     recalled, source = proxy.scores(asked, 2, 1, "smoke")
