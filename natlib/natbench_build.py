@@ -110,7 +110,8 @@ def again(count: int, workers: int, scale: str) -> tuple[list[Training], list[Re
     # The table names the images that it comes from.
     records, source = RunStore.default().run_or_recall(
         KIND, [config(t) for t in which], measure, recipe=RECIPE,
-        data=str(natbench.load().card["data"]), workers=workers, lacking=lacking(TRAINING.data), scale=scale,
+        data=str(natbench.load().card["data"]), workers=workers,
+        lacking=lacking(TRAINING.data), scale=scale,
     )  # fmt: skip
     return which[: len(records)], records, source
 
