@@ -4,7 +4,8 @@ Every number in every record is a cell; of a list of numbers, its mean and its l
 depends on no seed must give the same values anywhere. One that does may differ between machines, as
 other rounding leads training elsewhere, just as another seed would: the tolerance of a metric is
 what the difference of two runs exceeds with a probability of 0.1 %, by the spread between the
-recorded seeds (Student's t, pooled over the configurations of a kind).
+recorded seeds (Student's t, pooled over the configurations of a kind); a count may differ by as much
+as any two recorded ones.
 """
 
 from __future__ import annotations
@@ -108,7 +109,12 @@ def tolerance(groups: list[list[float]]) -> float | None:
     if freedom == 0:
         return None
     squares = sum((x - math.fsum(v) / len(v)) ** 2 for v in groups for x in v)
-    return float(stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(2 * squares / freedom))
+    allowed = float(stats.t.ppf(1 - LEVEL / 2, freedom) * math.sqrt(2 * squares / freedom))
+    values = [x for v in groups for x in v]
+    if squares and all(float(x).is_integer() for x in values):
+        # Counts are not normal: most are alike, and the others differ by whole steps.
+        allowed = max(allowed, max(values) - min(values))
+    return allowed
 
 
 def judge(reference: float | str, here: float | str, allowed: float | None) -> str:

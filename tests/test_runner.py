@@ -536,6 +536,13 @@ def test_tolerance_is_students_t_of_a_difference(verifier: Any) -> None:
     assert verifier.tolerance([[5, 5, 5]]) == 0
 
 
+def test_counts_may_differ_as_any_two_of_them_do(verifier: Any) -> None:
+    rarely = [[3, 3, 3, 3, 3, 3] for _ in range(20)] + [[3, 3, 3, 3, 3, 1]]
+    assert verifier.tolerance(rarely) == 2
+    halves = [[x / 2 for x in group] for group in rarely]
+    assert verifier.tolerance(halves) < 1
+
+
 def test_seeds_and_record_keys_do_not_part_configurations(verifier: Any) -> None:
     def config(seed: int, key: str) -> dict[str, Any]:
         return {"policy": [{"seed": seed, "rate": 0.1}, key], "key": key, "name": "x"}
