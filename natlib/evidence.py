@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from natlib.errors import NatlibError
-from natlib.records import Record, RunStore, read_reference
+from natlib.records import PAGE, Record, RunStore, read_reference
 from natlib.report import Table, duration, format_interval, interval
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
 """Row, column, one fraction a seed. Columns of changes have "change" in their name."""
 
-KIND = "page"
 LONG = "extended"
 
 
@@ -51,13 +50,13 @@ def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) 
     # One key stands for those of all records, of which there may be hundreds.
     keys = hashlib.sha256(" ".join(sorted(distinct)).encode()).hexdigest()[:16]
     return RunStore.default().run(
-        KIND, PageConfig(page, scale), lambda _: found, recipe=1, data="", inputs={"records": keys}
+        PAGE, PageConfig(page, scale), lambda _: found, recipe=1, data="", inputs={"records": keys}
     )
 
 
 def _latest(page: str, scale: str) -> Record | None:
     """What the recorded reference of a scale holds of a page."""
-    records = [r for r in read_reference(scale) if r.kind == KIND and r.config["page"] == page]
+    records = [r for r in read_reference(scale) if r.kind == PAGE and r.config["page"] == page]
     return records[-1] if records else None
 
 

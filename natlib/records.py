@@ -44,6 +44,9 @@ from natlib.files import locked, replacing, write_json
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMPORTED = time.time()
 
+PAGE = "page"
+"""The kind of records that only sum up others (``natlib.evidence``)."""
+
 Body = Callable[["Run"], dict[str, Any]]
 Watch = Callable[[int, int], None]
 
