@@ -4,8 +4,8 @@ Every number in every record is a cell; of a list of numbers, its mean and its l
 depends on no seed must give the same values anywhere. One that does may differ between machines, as
 other rounding leads training elsewhere, just as another seed would: the tolerance of a metric is
 what the difference of two runs exceeds with a probability of 0.1 %, by the spread between the
-recorded seeds (Student's t, pooled over the configurations of a kind); a count may differ by as much
-as any two recorded ones.
+recorded seeds (Student's t, pooled over the configurations of a kind); a count may differ by as
+much as any two recorded ones.
 """
 
 from __future__ import annotations
