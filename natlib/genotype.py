@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import permutations, product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ class Edge:
     source: int
     target: int
     primitive: str
+
+
+SOURCE, TARGET, PRIMITIVE = map(attrgetter, ("source", "target", "primitive"))
+"""An edge's fields, for ``map``: policies read and write hundreds of thousands a second."""
 
 
 @cache
@@ -113,9 +118,7 @@ class Cell:
             raise NatlibError(f"{len(names)} primitives for {len(self.edges)} edges")
         # The graph is valid already, so only the names are looked at: policies make thousands.
         cell = object.__new__(Cell)
-        edges = tuple(
-            [_edge(e.source, e.target, n) for e, n in zip(self.edges, names, strict=True)]
-        )
+        edges = tuple(map(_edge, map(SOURCE, self.edges), map(TARGET, self.edges), names))
         cell.__dict__.update(edges=edges, concat=self.concat)
         return cell
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from natlib.allocation import allocate, embedding
 from natlib.errors import NatlibError
-from natlib.genotype import INPUTS, Genotype
+from natlib.genotype import INPUTS, PRIMITIVE, SOURCE, Genotype
 from natlib.transitions import Transitions
 
 
@@ -110,30 +110,32 @@ class CellBatch:
         width = nodes * degree
         prims: list[int] = []
         sources: list[int] = []
-        present: list[bool] = []
+        present: list[int] = []
         for c in cells:
             # A full cell, the common case, is its edges in a row.
-            for group in (c.edges,) if len(c.edges) == width else c.in_edges:
+            whole = len(c.edges) == width
+            for group in (c.edges,) if whole else c.in_edges:
                 padding = -len(group) % degree
                 try:
-                    prims += [index[e.primitive] for e in group] + [0] * padding
+                    prims += map(index.__getitem__, map(PRIMITIVE, group))
                 except KeyError as error:
                     raise NatlibError(
                         f"primitive {error} is not in this policy's search space; "
                         f"allowed are {', '.join(primitives)}"
                     ) from None
-                sources += [e.source for e in group] + [0] * padding
-                present += [True] * len(group) + [False] * padding
+                sources += map(SOURCE, group)
+                present += [True] * len(group)
+                for values in () if whole else (prims, sources, present):
+                    values += [0] * padding
             padding = (nodes - c.nodes) * degree
-            prims += [0] * padding
-            sources += [0] * padding
-            present += [False] * padding
+            for values in () if whole else (prims, sources, present):
+                values += [0] * padding
         shape = (len(cells), nodes, degree)
         return CellBatch(
             # By way of numpy, which reads long lists several times faster.
             torch.from_numpy(np.array(prims)).view(shape),
             torch.from_numpy(np.array(sources)).view(shape),
-            torch.from_numpy(np.array(present)).view(shape),
+            torch.from_numpy(np.array(present, dtype=bool)).view(shape),
             torch.tensor([False, True]).repeat(len(genotypes)),
         )
 
@@ -144,14 +146,14 @@ def decode(genotypes: Sequence[Genotype], actions: Tensor, names: Sequence[str])
     width = actions.shape[2]
     rows = actions.flatten(1).tolist()
     for i, g in enumerate(genotypes):
-        chosen = []
+        chosen: list[str] = []
         for k, (_, cell) in enumerate(g.cells):
             row = rows[2 * i + k]
             if len(row) > len(cell.edges):
                 starts = range(0, cell.nodes * width, width)
                 groups = zip(starts, cell.in_edges, strict=True)
                 row = [a for start, group in groups for a in row[start : start + len(group)]]
-            chosen += [names[a] for a in row]
+            chosen += map(names.__getitem__, row)
         out.append(g.with_primitives(chosen))
     return out
 
