@@ -342,7 +342,7 @@ class Comparison:
         told = self.told()
         return (
             f"{told['trainings']} trainings on {self.images.train:,} images of "
-            f"{self.images.dataset} at {self.images.image_size} pixels, {told['epochs']} epochs, "
+            f"{self.images.dataset} at {self.images.image_size} pixels, {told['epochs']} epoch(s), "
             f"hand-crafted networks at {self.size.width:g} of their channels, others with "
             f"{self.size.channels} channels and {self.size.cells} cells; accuracy on "
             f"{self.images.test:,} test images"
