@@ -433,14 +433,10 @@ class Policy:
         self,
         genotypes: Sequence[Genotype],
         generator: torch.Generator,
-        encoded: CellBatch | None = None,
         times: int = 1,
     ) -> Rollout:
-        """Sample ``times`` rewritings of each genotype, side by side.
-
-        ``encoded`` saves encoding them again.
-        """
-        batch = encoded or self.encode(genotypes)
+        """Sample ``times`` rewritings of each genotype, side by side."""
+        batch = self.encode(genotypes)
         logp = self.log_probabilities(batch)
         # Drawn on the CPU: the same numbers on every device.
         uniform = torch.rand(*logp.shape[:-1], times, generator=generator).to(logp.device)

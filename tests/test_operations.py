@@ -421,3 +421,29 @@ def test_which_batch_norms_are_tiled() -> None:
     assert not operations._few_channels(wide)
     assert not operations._few_channels(few.contiguous())
     assert not operations._few_channels(few[:8])
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 8, 1, 1), (3, 6, 7, 2)])
+def test_a_pointwise_convolution_is_a_matrix_product(
+    shape: tuple[int, ...], last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for product in (True, False):
+        monkeypatch.setattr(operations, "_as_product", lambda x, product=product: product)
+        x = normal(*shape, last=last).requires_grad_()
+        weight = normal(5, shape[1], 1, 1, seed=1).requires_grad_()
+        y = operations.pointwise(x, weight)
+        grads = torch.autograd.grad((y * normal(*y.shape, seed=2)).sum(), (x, weight))
+        results.append((y, *grads))
+        close(y, F.conv2d(x, weight))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_which_pointwise_convolutions_are_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = torch.empty(64, 8, 8, 8), torch.empty(64, 32, 32, 32)
+    for capability, always in (("AVX512", True), ("AVX2", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert operations._as_product(few)
+        assert operations._as_product(many) is always

@@ -196,6 +196,22 @@ def test_rollouts_never_leave_the_mask_nor_move_an_edge(
             assert policy.transitions.violations(before, after) == []
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_rollouts_of_one_input_are_scored_as_if_each_stood_alone(kind: str) -> None:
+    policy, inputs, times = learner("natpp", NETWORKS[kind]), [*MIXED, ZOO["DARTS"]], 3
+    rollout = policy.sample(inputs, generator(), times=times)
+    repeated = [g for g in inputs for _ in range(times)]
+    batch = policy.encode(repeated)
+    logp = policy.log_probabilities(batch)
+    taken = policy.encode(rollout.genotypes).primitives
+    chosen = logp.gather(-1, taken[..., None])[..., 0] * batch.present
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1) * batch.present
+    for found, expected in ((rollout.log_probability, chosen), (rollout.entropy, entropy)):
+        torch.testing.assert_close(found, expected.view(len(repeated), -1).sum(1))
+    assert len(set(rollout.genotypes[:times])) > 1
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_allowed_transition_is_drawn_and_no_other(rule: str) -> None:
     policy = Policy(UniformLogits(K), by_name(rule))
@@ -295,8 +311,6 @@ def test_sampling_follows_its_generator_and_touches_no_other(network: str) -> No
     first, again, other = (policy.sample(MIXED, generator(s)).genotypes for s in (0, 0, 1))
     assert first == again
     assert first != other
-    encoded = policy.sample(MIXED, generator(), policy.encode(MIXED)).genotypes
-    assert encoded == first
     policy.most_likely(MIXED)
     build_logits(K, NETWORKS[network])
     assert torch.equal(torch.random.get_rng_state(), state)
