@@ -455,7 +455,7 @@ def augment(
 
     def draw(high: int, *shape: int) -> Tensor:
         drawn = torch.randint(high, shape, generator=generator, device=generator.device)
-        return drawn.to(images.device)
+        return drawn.to(images.device, non_blocking=True)
 
     def arange(length: int) -> Tensor:
         return torch.arange(length, device=images.device)

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +24,17 @@ from natlib.records import ADDED_LATER, Run
 EVALUATION_BATCH = 125
 
 
+@cache
 def device() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator where there is one, else the CPU.
+
+    From the first call on this process uses the accelerator's deterministic convolutions only, so
+    that a training repeated is the same training.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.deterministic = True
+    return torch.device("cuda")
 
 
 def stream(seed: int, *labels: str | int) -> torch.Generator:
@@ -231,13 +239,54 @@ def sgd(network: CellNetwork, momentum: float, weight_decay: float) -> torch.opt
     )
 
 
+class CapturedStep:
+    """A training step of a fixed network on an accelerator: its many small kernels as one launch.
+
+    ``step`` takes a batch, its labels and the rate as a tensor, and returns the loss; it may not
+    wait for the accelerator, draw random numbers there or build anything that outlives it. The
+    first ``WARM`` calls run it as it is, the next one records it as a CUDA graph, which all later
+    calls replay on batches of the same shape. The results are the same.
+    """
+
+    WARM = 3
+
+    def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        self.step, self.calls = step, 0
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.lr = torch.zeros((), device="cuda")
+
+    def __call__(self, x: Tensor, labels: Tensor, lr: float) -> Tensor:
+        self.calls += 1
+        self.lr.fill_(lr)
+        if self.calls <= self.WARM:
+            # Beside the usual stream, as recording will: allocations belong to a stream.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = self.step(x, labels, self.lr)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.calls == self.WARM + 1:
+            self.x, self.labels = x.clone(), labels.clone()
+            # Other threads of the process, as the loader's, may go on meanwhile.
+            with torch.cuda.graph(
+                self.graph, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                self.loss = self.step(self.x, self.labels, self.lr)
+        else:
+            self.x.copy_(x)
+            self.labels.copy_(labels)
+        self.graph.replay()
+        return self.loss
+
+
 def sgd_step(
     optimizer: torch.optim.SGD,
     loss: Tensor,
-    lr: float,
+    lr: float | Tensor,
     clip: float,
 ) -> None:
-    """Backward, clip, step."""
+    """Backward, clip, step; with ``lr`` a tensor on the accelerator nothing waits for it."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     # Of the optimizer's list: walking through a supernet's modules takes a tenth of a step.
@@ -245,6 +294,8 @@ def sgd_step(
     torch.nn.utils.clip_grad_norm_([p for p in weights if p.grad is not None], clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
+        if isinstance(lr, Tensor):
+            group["fused"], group["foreach"] = True, False
     optimizer.step()
 
 
@@ -286,7 +337,7 @@ class InMemory:
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over an epoch's batches, shuffled and augmented, with their labels."""
         for index in data.index_batches(len(self.labels), self.batch, generator):
-            index = index.to(self.labels.device)
+            index = index.to(self.labels.device, non_blocking=True)
             x = augmented(self.raw[index], self.mean, self.std, generator, self.cutout)
             yield x, self.labels[index]
 
@@ -302,6 +353,7 @@ def train_epochs(
     kept: Mapping[str, list[Any]] | None = None,
     before: Callable[[int], None] | None = None,
     after: Callable[[int], None] | None = None,
+    fixed: bool = False,
 ) -> list[float]:
     """Train a network for the epochs that a run still lacks, resuming from its last checkpoint.
 
@@ -310,7 +362,8 @@ def train_epochs(
     augmented batch, and the epoch's generator, to the network's output, which ``criterion``
     compares with the labels. ``before`` and ``after`` are called with the number of finished
     epochs; the lists in ``kept`` that ``after`` fills stand in checkpoints too, and are filled
-    again on resume. Returns the mean training loss of each epoch. Raises NatlibError if training
+    again on resume. ``fixed`` says that every step does the same to its batch, without random
+    numbers: then it is a ``CapturedStep`` on an accelerator. Returns the mean training loss of each epoch. Raises NatlibError if training
     diverges, naming ``what``.
     """
     config = run.config
@@ -325,6 +378,14 @@ def train_epochs(
         for name, values in kept.items():
             values[:] = state[name]
     steps = batches.steps
+
+    def step(x: Tensor, labels: Tensor, lr: float | Tensor) -> Tensor:
+        loss = criterion(logits(x, generator), labels)
+        sgd_step(optimizer, loss, lr, config.clip)
+        return loss.detach()
+
+    if fixed and where.type == "cuda":
+        step = CapturedStep(step)
     for epoch in range(len(losses), config.epochs):
         generator = stream(config.seed, "epoch", epoch)
         network.train()
@@ -332,10 +393,8 @@ def train_epochs(
             before(epoch)
         total = torch.zeros((), device=where)
         for i, (x, labels) in enumerate(batches.epoch(generator)):
-            loss = criterion(logits(x, generator), labels)
             lr = cosine(epoch * steps + i, config.epochs * steps, config.lr, config.lr_last)
-            sgd_step(optimizer, loss, lr, config.clip)
-            total += loss.detach()
+            total += step(x, labels, lr)
             run.progress(epoch * steps + i + 1, config.epochs * steps)
         losses.append(float(total) / steps)
         if not math.isfinite(losses[-1]):
@@ -382,7 +441,10 @@ def fit(run: Run, batches: Batches | None = None) -> tuple[CellNetwork, list[flo
 
     if batches is None:
         batches = InMemory.of(splits(config.data), config.batch, config.cutout)
-    losses = train_epochs(run, network, logits, batches=batches, criterion=criterion, before=before)
+    losses = train_epochs(
+        run, network, logits, batches=batches, criterion=criterion, before=before,
+        fixed=config.drop_path == 0,
+    )  # fmt: skip
     return network.eval(), losses
 
 
