@@ -363,8 +363,8 @@ def train_epochs(
     compares with the labels. ``before`` and ``after`` are called with the number of finished
     epochs; the lists in ``kept`` that ``after`` fills stand in checkpoints too, and are filled
     again on resume. ``fixed`` says that every step does the same to its batch, without random
-    numbers: then it is a ``CapturedStep`` on an accelerator. Returns the mean training loss of each epoch. Raises NatlibError if training
-    diverges, naming ``what``.
+    numbers: then it is a ``CapturedStep`` on an accelerator. Returns the mean training loss of each
+    epoch. Raises NatlibError if training diverges, naming ``what``.
     """
     config = run.config
     batches = batches or InMemory.of(splits(config.data), config.batch)
@@ -379,13 +379,14 @@ def train_epochs(
             values[:] = state[name]
     steps = batches.steps
 
-    def step(x: Tensor, labels: Tensor, lr: float | Tensor) -> Tensor:
+    def plain(x: Tensor, labels: Tensor, lr: float | Tensor) -> Tensor:
         loss = criterion(logits(x, generator), labels)
         sgd_step(optimizer, loss, lr, config.clip)
         return loss.detach()
 
+    step: Callable[[Tensor, Tensor, float], Tensor] = plain
     if fixed and where.type == "cuda":
-        step = CapturedStep(step)
+        step = CapturedStep(plain)
     for epoch in range(len(losses), config.epochs):
         generator = stream(config.seed, "epoch", epoch)
         network.train()

@@ -59,9 +59,11 @@ def run(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Say whether two saved artifacts hold the same bits."""
+    """Say whether two saved artifacts hold the same bits, on whatever device."""
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        if not isinstance(b, torch.Tensor) or a.dtype != b.dtype:
+            return False
+        return torch.equal(a.cpu(), b.cpu())
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return bool(a == b)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from natlib import NatlibError, data
+from natlib import NatlibError, data, train
 from natlib.cost import network_cost
 from natlib.genotype import Genotype
 from natlib.macro import ACTIVATION, BLOCKS, BlockMacro, MacroConfig, Stage, conv
 from natlib.network import CellNetwork
 from natlib.records import as_json
 from natlib.train import (
+    CapturedStep,
     DataConfig,
     TrainConfig,
     accuracy,
@@ -66,7 +67,7 @@ def test_training_touches_no_global_random_state(tmp_path: Path) -> None:
 
 
 def pixels(images: Tensor) -> set[bytes]:
-    return {image.numpy().tobytes() for image in images}
+    return {image.numpy().tobytes() for image in images.cpu()}
 
 
 def test_parts_are_disjoint_of_the_sizes_asked_for_and_never_test_images() -> None:
@@ -87,12 +88,12 @@ def test_parts_are_disjoint_of_the_sizes_asked_for_and_never_test_images() -> No
 
 def test_all_parts_are_normalised_with_the_training_parts_statistics() -> None:
     parts = splits(DATA)
-    levels = parts.train.raw.double() / 255
+    levels = parts.train.raw.cpu().double() / 255
     mean, std = levels.mean((0, 2, 3)), levels.std((0, 2, 3), correction=0)
     torch.testing.assert_close(parts.mean.double(), mean, rtol=1e-5, atol=1e-6)
     for part in (parts.train, parts.search, parts.report, parts.test):
-        expected = (part.raw / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-        torch.testing.assert_close(part.normalised.double(), expected, rtol=1e-4, atol=1e-4)
+        expected = (part.raw.cpu() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        torch.testing.assert_close(part.normalised.cpu().double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_split_follows_its_seed_and_the_checksum_what_is_in_it() -> None:
@@ -226,7 +227,7 @@ def test_accuracy_is_the_share_classified_right() -> None:
 
 def test_accuracy_of_a_network_counts_its_own_answers() -> None:
     parts = splits(DATA)
-    network = CellNetwork(MACRO, genotype=SMALL, generator=generator()).eval()
+    network = CellNetwork(MACRO, genotype=SMALL, generator=generator()).eval().to(device())
     x, labels = parts.report.normalised, parts.report.labels
     with torch.no_grad():
         right = [int(network(x[i : i + 1]).argmax() == labels[i]) for i in range(len(x))]
@@ -302,6 +303,45 @@ def test_a_step_is_clipped_gradient_descent_with_momentum_and_decay() -> None:
     assert torch.equal(unused.detach(), torch.ones(2))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, genotype=ZOO["R1"], cutout=2, smoothing=0.1),
+        replace(CONFIG, macro=BlockMacro("basic", (Stage(8, 1),), (conv(8, 3), ACTIVATION),
+                classes=4, image_size=8), genotype=ZOO["ResBlock"]),
+    ],
+)  # fmt: skip
+def test_a_captured_step_gives_the_same_bits_as_one_launch_a_kernel(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = run(tmp_path / "captured", "train", config, train_standalone)
+    assert len(splits(DATA).train.labels) // config.batch * config.epochs > CapturedStep.WARM + 1
+    monkeypatch.setattr(CapturedStep, "WARM", 10**9)
+    plain = run(tmp_path / "plain", "train", config, train_standalone)
+    assert captured.result == plain.result
+    assert same(captured.load("weights"), plain.load("weights"))
+
+
+def test_steps_are_captured_only_where_each_does_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What would be captured on an accelerator, on whatever device this is.
+    given = []
+    epochs = train.train_epochs
+
+    def watched(*inputs: Any, fixed: bool = False, **options: Any) -> list[float]:
+        given.append(fixed)
+        return epochs(*inputs, **options)
+
+    monkeypatch.setattr(train, "train_epochs", watched)
+    for number, drop_path in enumerate((0.0, 0.4)):
+        config = replace(CONFIG, epochs=1, drop_path=drop_path)
+        run(tmp_path / str(number), "train", config, train_standalone)
+    assert given == [True, False]
+
+
 def test_device_is_the_cpu_where_there_is_no_other() -> None:
     assert device().type == ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -320,7 +360,7 @@ def test_training_learns_and_records_what_it_did(tmp_path: Path) -> None:
     cost = network_cost(SMALL, MACRO)
     assert (result["params"], result["madds"]) == (cost.params, cost.madds)
     # The saved weights are the network that was measured.
-    network = CellNetwork(MACRO, genotype=SMALL)
+    network = CellNetwork(MACRO, genotype=SMALL).to(device())
     network.load_state_dict(record.load("weights"))
     network.eval()
     for name in ("report", "test"):
