@@ -252,7 +252,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         self.step, self.calls = step, 0
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.graph = torch.cuda.CUDAGraph()
         self.lr = torch.zeros((), device="cuda")
 
