@@ -202,6 +202,20 @@ def rewritten(records: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, li
     return methods
 
 
+def promised(records: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str], list[float]]:
+    """Change of accuracy that ``rewrite`` saw with shared weights, on images that chose nothing.
+
+    Network and method: one fraction a seed.
+    """
+    return {
+        (network, method): [
+            float(r.result[method]["accuracy"] - r.result[method]["before_accuracy"]) for r in group
+        ]
+        for network, group in records.items()
+        for method in group[0].result
+    }
+
+
 def released(names: Iterable[str], seeds: int) -> dict[str, dict[str, list[Genotype]]]:
     """The authors' released rewritings of published cells: method, network, the same every seed."""
     methods: dict[str, dict[str, list[Genotype]]] = {}
@@ -348,8 +362,14 @@ class Comparison:
             f"{self.images.test:,} test images"
         )
 
-    def kept(self) -> dict[str, dict[str, list[float]]]:
-        """Rows for ``evidence.keep``: accuracy, its change, those of cost at the published size."""
+    def kept(
+        self, found: Mapping[str, Sequence[Record]] | None = None
+    ) -> dict[str, dict[str, list[float]]]:
+        """Rows for ``evidence.keep``: accuracy, its change, those of cost at the published size.
+
+        With the records that ``rewrite`` gave, also what their shared weights promised.
+        """
+        told = promised(found or {})
         rows: dict[str, dict[str, list[float]]] = {}
         for network, method in self._rows():
             new = self.accuracy(method, network)
@@ -358,6 +378,8 @@ class Comparison:
                 continue
             old = self.accuracy(ORIGINAL, network)
             row["change (points)"] = [b - a for a, b in zip(old, new, strict=True)]
+            if (network, method) in told:
+                row["change by shared weights"] = told[network, method]
             macro, start = self.networks[network].published, self.cost(ORIGINAL, network)
             costs = [network_cost(g, macro) for g in self.genotypes[method][network]]
             row["params change (%)"] = [c.params / start[0] - 1 for c in costs]
@@ -417,12 +439,15 @@ class Comparison:
         found += [{"network": n, "method": m, **row} for (n, m), row in printed.items()]
         return pd.DataFrame(found)
 
-    def differences(self) -> pd.DataFrame:
+    def differences(self, found: Mapping[str, Sequence[Record]] | None = None) -> pd.DataFrame:
         """Every method against the original, network by network, with Holm's correction.
 
         p-values are those of a paired t test, corrected for all rows of the table; "rewritten" is
-        the share of seeds (%) whose genotype differs from the original.
+        the share of seeds (%) whose genotype differs from the original. With the records that
+        ``rewrite`` gave there is a column of what their shared weights promised, empty for methods
+        that are not ours.
         """
+        told = promised(found or {})
         pairs = [(n, m) for n, m in self._rows() if m != ORIGINAL]
         changes = [self.difference(m, n) for n, m in pairs]
         p = [p_value(i) for i in changes]
@@ -435,6 +460,18 @@ class Comparison:
                 "network": [n for n, _ in pairs],
                 "method": [m for _, m in pairs],
                 "change (points)": [format_interval(i) for i in changes],
+                **(
+                    {
+                        "by shared weights": [
+                            format_interval(interval(told[pair]), counted=False)
+                            if pair in told
+                            else None
+                            for pair in pairs
+                        ]
+                    }
+                    if told
+                    else {}
+                ),
                 "rewritten (%)": rewritten,
                 "p": p,
                 "p (Holm)": holm(p),

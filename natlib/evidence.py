@@ -50,7 +50,7 @@ def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) 
     # One key stands for those of all records, of which there may be hundreds.
     keys = hashlib.sha256(" ".join(sorted(distinct)).encode()).hexdigest()[:16]
     return RunStore.default().run(
-        PAGE, PageConfig(page, scale), lambda _: found, recipe=1, data="", inputs={"records": keys}
+        PAGE, PageConfig(page, scale), lambda _: found, recipe=2, data="", inputs={"records": keys}
     )
 
 

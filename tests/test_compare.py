@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from natlib.compare import (
     compare,
     holm,
     p_value,
+    promised,
     rewrite,
     rewritten,
 )
@@ -31,7 +34,7 @@ from natlib.cost import network_cost
 from natlib.handcrafted import MACROS, ORIGINALS, macro, scaled
 from natlib.macro import MacroConfig
 from natlib.records import Record
-from natlib.report import interval, load_reported
+from natlib.report import format_interval, interval, load_reported
 from natlib.search import Setting
 from tests.made import DATA
 
@@ -177,6 +180,32 @@ def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
     assert sum(rows["all networks, NAT"]["change (points)"]) / 2 == pytest.approx(mixed.mean)
     alone = by_hand({(ORIGINAL, "VGG16"): [0.5], ("NAT", "VGG16"): [0.6]})
     assert list(alone.kept()) == ["VGG16, original", "VGG16, NAT"]
+
+
+def test_what_shared_weights_promised_stands_beside_what_training_gave() -> None:
+    found = by_hand(
+        {
+            (ORIGINAL, "VGG16"): [0.5, 0.5],
+            ("NAT", "VGG16"): [0.4, 0.5],
+            ("released", "VGG16"): [0.5, 0.6],
+        }
+    )
+    records = {
+        "VGG16": [
+            SimpleNamespace(result={"NAT": {"before_accuracy": 0.3, "accuracy": after}})
+            for after in (0.4, 0.5)
+        ]
+    }
+    assert promised(records)["VGG16", "NAT"] == pytest.approx([0.1, 0.2])  # type: ignore[arg-type]
+    frame = found.differences(records).set_index("method")  # type: ignore[arg-type]
+    expected = format_interval(interval([0.1, 0.2]), counted=False)
+    assert frame["by shared weights"]["NAT"] == expected
+    assert pd.isna(frame["by shared weights"]["released"])
+    assert "by shared weights" not in found.differences()
+    rows = found.kept(records)  # type: ignore[arg-type]
+    assert rows["VGG16, NAT"]["change by shared weights"] == pytest.approx([0.1, 0.2])
+    assert rows["VGG16, NAT"]["change (points)"] == pytest.approx([-0.1, 0.0])
+    assert "change by shared weights" not in rows["VGG16, released"]
 
 
 def test_the_table_joins_what_is_printed_and_keeps_what_was_not_trained() -> None:
