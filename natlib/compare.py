@@ -384,11 +384,13 @@ class Comparison:
             costs = [network_cost(g, macro) for g in self.genotypes[method][network]]
             row["params change (%)"] = [c.params / start[0] - 1 for c in costs]
             row["MAdds change (%)"] = [c.madds / start[1] - 1 for c in costs]
-        for method in self.methods if len(self.networks) > 1 else ():
+        for method in self.methods:
             groups = [
                 row["change (points)"] for name, row in rows.items() if name.endswith(f", {method}")
             ]
-            rows[f"all networks, {method}"] = {"change (points)": np.mean(groups, axis=0).tolist()}
+            if len(groups) > 1:
+                mean = np.mean(groups, axis=0).tolist()
+                rows[f"all networks, {method}"] = {"change (points)": mean}
         return rows
 
     def _rows(self) -> Iterator[tuple[str, str]]:

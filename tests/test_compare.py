@@ -180,6 +180,11 @@ def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
     assert sum(rows["all networks, NAT"]["change (points)"]) / 2 == pytest.approx(mixed.mean)
     alone = by_hand({(ORIGINAL, "VGG16"): [0.5], ("NAT", "VGG16"): [0.6]})
     assert list(alone.kept()) == ["VGG16, original", "VGG16, NAT"]
+    # A method that only one of the networks has is not summed up again.
+    few = by_hand(
+        {(ORIGINAL, "VGG16"): [0.5], (ORIGINAL, "ResNet20"): [0.5], ("NAT", "VGG16"): [0.6]}
+    )
+    assert list(few.kept()) == ["VGG16, original", "VGG16, NAT", "ResNet20, original"]
 
 
 def test_what_shared_weights_promised_stands_beside_what_training_gave() -> None:
