@@ -35,9 +35,7 @@ def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) 
     if not rows or not used:
         raise NatlibError(f"page {page!r} keeps {len(rows)} rows from {len(used)} records")
     distinct = {record.key: record for record in used}
-    machines = dict.fromkeys(
-        "{device}, {cpu}, threads: {threads}".format(**r.provenance) for r in distinct.values()
-    )
+    machines = dict.fromkeys(r.machine for r in distinct.values())
     found = {
         "rows": {
             row: {column: [float(v) for v in values] for column, values in columns.items()}

@@ -79,6 +79,18 @@ class Record:
     provenance: dict[str, Any]
     path: Path
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What its JSON file holds."""
+        content = asdict(self)
+        del content["path"]
+        return content
+
+    @property
+    def machine(self) -> str:
+        """What computed it, in words."""
+        return "{device}, {cpu}, threads: {threads}".format(**self.provenance)
+
     def artifact(self, name: str) -> Path:
         """Return the file of artifact ``name``, its checksum verified (once a process).
 
@@ -451,9 +463,7 @@ class RunStore:
                 provenance=_provenance(job.body, run, started),
                 path=directory / "record.json",
             )
-            content = asdict(record)
-            del content["path"]
-            write_json(record.path, content)
+            write_json(record.path, record.content)
             checkpoint.unlink(missing_ok=True)
             return record
 

@@ -674,7 +674,7 @@ def provenance_footer(records: Iterable[Record], scale: str, data: str = "") -> 
         "results": f"{len(found)} records, seeds {', '.join(map(str, seeds)) or '–'}",
         "computing time": duration(sum(float(r.provenance["wall_seconds"]) for r in found)),
         "peak memory": f"{memory:,.0f} MB",
-        "machine": each("{device}, {cpu}, threads: {threads}"),
+        "machine": ", ".join(dict.fromkeys(r.machine for r in found)) or "–",
         "versions": each("Python {python}, torch {torch}, numpy {numpy}"),
         "code": ", ".join(code) or "–",
     }

@@ -17,7 +17,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +162,7 @@ def record_reference(scale: str) -> int:
             pages[page] = earlier[page]
             kept |= {key: known[key] for key in earlier[page]}
     records = list((kept | {r.key: r for rs in here.values() for r in rs}).values())
-    contents = []
-    for record in sorted(records, key=lambda r: (r.kind, r.key)):
-        content = asdict(record)
-        del content["path"]
-        contents.append(content)
+    contents = [r.content for r in sorted(records, key=lambda r: (r.kind, r.key))]
     write_text(folder / "records.json", json.dumps(contents, indent=1) + "\n")
     write_text(folder / "pages.json", json.dumps(pages, indent=1, sort_keys=True) + "\n")
     limits = tolerances(records)
@@ -193,9 +188,7 @@ def restore(scale: str) -> int:
         path = RUNS / record.kind / record.key / "record.json"
         if path.exists():
             continue
-        content = asdict(record)
-        del content["path"]
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        write_text(path, json.dumps(record.content, indent=1) + "\n")
         restored += 1
         without += bool(record.artifacts)
     print(f"{restored} of {len(references)} records of scale {scale} restored to {RUNS}")
