@@ -457,28 +457,23 @@ class Comparison:
             100 * float(np.mean([g != self.networks[n].genotype for g in self.genotypes[m][n]]))
             for n, m in pairs
         ]
-        return pd.DataFrame(
+        frame = pd.DataFrame(
             {
                 "network": [n for n, _ in pairs],
                 "method": [m for _, m in pairs],
                 "change (points)": [format_interval(i) for i in changes],
-                **(
-                    {
-                        "by shared weights": [
-                            format_interval(interval(told[pair]), counted=False)
-                            if pair in told
-                            else None
-                            for pair in pairs
-                        ]
-                    }
-                    if told
-                    else {}
-                ),
                 "rewritten (%)": rewritten,
                 "p": p,
                 "p (Holm)": holm(p),
             }
         )
+        if told:
+            column = [
+                format_interval(interval(told[pair]), counted=False) if pair in told else None
+                for pair in pairs
+            ]
+            frame.insert(3, "by shared weights", column)
+        return frame
 
     def summary(self) -> pd.DataFrame:
         """Every method over all its networks: the mixed change, networks improved, cost changes."""

@@ -421,8 +421,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         )
     batch, channels, height, width = images.shape
     # Whole rows at a time: broadcasting over two or three channels is several times slower.
-    scale = (255 * std).reciprocal().to(images.device).repeat(width)
-    shift = (mean / std).to(images.device).repeat(width)
+    scale = (255 * std).reciprocal().to(images.device, non_blocking=True).repeat(width)
+    shift = (mean / std).to(images.device, non_blocking=True).repeat(width)
     rows = images.permute(0, 2, 3, 1).reshape(batch, height, width * channels)
     rows = rows.float().mul_(scale).sub_(shift)
     return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
