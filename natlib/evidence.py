@@ -13,7 +13,8 @@ from natlib.records import PAGE, Record, RunStore, read_reference
 from natlib.report import Table, duration, format_interval, interval
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
-"""Row, column, one fraction a seed. Columns of changes have "change" in their name."""
+"""Row, column, one fraction a seed. Columns of changes have "change" in their name, of rank
+correlations "ρ"."""
 
 LONG = "extended"
 
@@ -72,7 +73,8 @@ def changes(page: str, scale: str = LONG) -> dict[str, list[float]]:
 def recorded(page: str, scale: str = LONG) -> Table:
     """Show what the recorded reference of a scale holds of a page; say so where it holds nothing.
 
-    Changes are means with 95 % intervals over the seeds, other values means ± half an interval.
+    Changes are means with 95 % intervals over the seeds, other values means ± half an interval,
+    in percent but for rank correlations.
     """
     record = _latest(page, scale)
     if record is None:
@@ -94,9 +96,10 @@ def recorded(page: str, scale: str = LONG) -> Table:
 
 
 def _cell(column: str, values: Sequence[float]) -> str:
-    """Write a mean with its interval, in percent."""
+    """Write a mean with its interval, in percent; a rank correlation as it is."""
     i = interval(values)
     if "change" in column:
         return format_interval(i, counted=False)
-    half = f"\u00a0±\u00a0{100 * (i.high - i.mean):.1f}" if i.n > 1 else ""
-    return f"{100 * i.mean:.1f}{half}"
+    times, digits = (1, 2) if "ρ" in column else (100, 1)
+    half = f"\u00a0±\u00a0{times * (i.high - i.mean):.{digits}f}" if i.n > 1 else ""
+    return f"{times * i.mean:.{digits}f}{half}"

@@ -41,7 +41,8 @@ def test_what_is_kept_is_shown_with_its_spread_number_machine_and_time(
     used: list[Record], tmp_path: Path
 ) -> None:
     kept = evidence.keep("table", "extended", ROWS, used, "4 trainings")
-    other = evidence.keep("another", "extended", {"x": {"top-1 (%)": [0.5]}}, used, "")
+    ranks = {"top-1 (%)": [0.5], "Spearman's ρ": [0.5, 0.7]}
+    other = evidence.keep("another", "extended", {"x": ranks}, used, "")
     record(tmp_path, kept, other, *used)
     table = evidence.recorded("table")
     assert list(table.frame.columns) == ["what", "top-1 (%)", "n", "change (points)"]
@@ -54,7 +55,8 @@ def test_what_is_kept_is_shown_with_its_spread_number_machine_and_time(
     assert used[0].provenance["cpu"] in table.caption
     assert evidence.changes("table") == {"DARTS, NAT": [0.01, 0.03]}
     assert evidence.changes("another") == {}
-    assert evidence.recorded("another").frame["top-1 (%)"][0] == "50.0"
+    shown = evidence.recorded("another").frame.iloc[0]
+    assert (shown["top-1 (%)"], shown["Spearman's ρ"]) == ("50.0", "0.60\u00a0±\u00a01.27")
 
 
 def test_a_page_that_was_not_run_says_so(used: list[Record]) -> None:
