@@ -20,7 +20,9 @@ from natlib.macro import BlockMacro, Layer, Macro, MacroConfig, Position, Shape
 from natlib.operations import (
     BatchNorm,
     Conv,
+    DilatedDepthwise,
     FactorizedReduction,
+    Pooling,
     build,
     cat,
     keep_freed_memory,
@@ -66,24 +68,18 @@ def _layers(
     """Build layers in a row on ``channels`` inputs; return them and their output channels."""
     modules: list[nn.Module] = []
     for layer in layers:
-        k, stride, pad = layer.kernel, layer.stride, layer.padding
+        k, stride = layer.kernel, layer.stride
         if layer.kind == "activation":
             modules.append(nn.ReLU6() if _relu(macro) is F.relu6 else nn.ReLU())
         elif layer.kind in ("max_pool", "avg_pool"):
-            if k[0] % 2 == 0 and stride[0] == 1:
-                # Even kernels have no centre: one repeated row and column keep the size.
-                modules.append(nn.ReplicationPad2d((0, 1, 0, 1)))
-            modules.append(
-                nn.MaxPool2d(k, stride, pad)
-                if layer.kind == "max_pool"
-                else nn.AvgPool2d(k, stride, pad, count_include_pad=False)
-            )
+            modules.append(Pooling(k[0], stride[0], layer.kind == "max_pool", layer.pad))
         else:
-            wide = layer.kind == "conv"
-            outputs, groups = (layer.channels, 1) if wide else (channels, channels)
-            modules.append(
-                nn.Conv2d(channels, outputs, k, stride, pad, layer.dilation, groups, bias=False)
-            )
+            outputs = layer.channels if layer.kind == "conv" else channels
+            groups = 1 if layer.kind == "conv" else channels
+            if layer.dilation > 1:
+                modules.append(DilatedDepthwise(channels, k[0], stride[0]))
+            else:
+                modules.append(Conv(channels, outputs, k, stride, groups, layer.pad))
             channels = outputs
             if layer.norm:
                 # Affine in the supernet too: only stems and heads have such layers there.

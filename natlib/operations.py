@@ -187,7 +187,10 @@ def pointwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Conv(nn.Module):
-    """Convolution without bias, weights only: (out, in / groups, height, width)."""
+    """Convolution without bias, weights only: (out, in / groups, height, width).
+
+    ``pad`` adds a border of half the kernel; depthwise ones have it always.
+    """
 
     def __init__(
         self,
@@ -196,11 +199,12 @@ class Conv(nn.Module):
         kernel: tuple[int, int] = (1, 1),
         stride: tuple[int, int] = (1, 1),
         groups: int = 1,
+        pad: bool = True,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs // groups, *kernel))
         self.stride = stride
-        self.padding = (kernel[0] // 2, kernel[1] // 2)
+        self.padding = (kernel[0] // 2, kernel[1] // 2) if pad else (0, 0)
         self.groups = groups
         self.pointwise = kernel == (1, 1) and stride == (1, 1)
 
@@ -389,28 +393,38 @@ def pick(weight: Tensor, columns: Tensor | None) -> Tensor:
     return weight if columns is None else weight.index_select(1, columns)
 
 
+class Pooling(nn.Module):
+    """Max or average pooling, square; with ``pad`` the border adds places but no values.
+
+    Even kernels have no centre: at stride 1 one repeated row and column keep the size, at other
+    strides nothing is added.
+    """
+
+    def __init__(self, kernel: int, stride: int, maximum: bool, pad: bool = True) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.maximum, self.pad = kernel, stride, maximum, pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = self.kernel
+        if k % 2 and self.pad:
+            pool = max_pool if self.maximum else average_pool
+            return pool(x, k, self.stride)
+        if k % 2 == 0 and self.stride == 1:
+            x = F.pad(x, (0, 1, 0, 1), mode="replicate")
+        plain = F.max_pool2d if self.maximum else F.avg_pool2d
+        return plain(x, k, self.stride)
+
+
 class Pool(nn.Module):
     """Max or average pooling (border not counted), then batch norm without affine."""
 
     def __init__(self, p: Primitive, channels: int, stride: int, shared: bool) -> None:
         super().__init__()
-        self.kernel, self.stride, self.maximum = p.size, stride, p.kind == "max_pool"
+        self.pooling = Pooling(p.size, stride, p.kind == "max_pool")
         self.bn = BatchNorm(channels, shared, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        k, pad = self.kernel, self.kernel // 2
-        if k % 2 == 0:
-            # Even kernels have no centre: one repeated row and column keep the size at stride 1.
-            if self.stride == 1:
-                x = F.pad(x, (0, 1, 0, 1), mode="replicate")
-            pad = 0
-        if self.maximum:
-            y = F.max_pool2d(x, k, self.stride, pad) if k == 2 else max_pool(x, k, self.stride)
-        elif k == 2:
-            y = F.avg_pool2d(x, k, self.stride, pad)
-        else:
-            y = average_pool(x, k, self.stride)
-        out: Tensor = self.bn(y)
+        out: Tensor = self.bn(self.pooling(x))
         return out
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import gc
 import hashlib
 import json
 import math
@@ -706,6 +707,9 @@ def _start_worker(lifeline: Connection, threads: int, environment: Mapping[str, 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=wait_for_the_end, daemon=True).start()
     torch.set_num_threads(threads)
+    # Policies make thousands of genotypes a second, so the garbage collector comes often; without
+    # this it walks through all of torch, a tenth of a policy update's time.
+    gc.freeze()
 
 
 def _require_importable(body: Body) -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from natlib.genotype import INPUTS, Cell, Edge, Genotype
 from natlib.macro import MacroConfig
 from natlib.network import CellNetwork
-from natlib.operations import Pool
+from natlib.operations import Pooling
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 
 
@@ -103,7 +103,7 @@ class Counting(TorchDispatchMode):
         self.hooks = [
             hook
             for module in network.modules()
-            if isinstance(module, Pool)
+            if isinstance(module, Pooling)
             for hook in (
                 module.register_forward_pre_hook(lambda *_: self.enter(1)),
                 module.register_forward_hook(lambda *_: self.enter(-1)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from natlib import NatlibError
+from natlib import NatlibError, network
 from natlib.cost import Cost, network_cost
 from natlib.genotype import Cell, Genotype
 from natlib.handcrafted import MACROS, ORIGINALS, macro
-from natlib.macro import ACTIVATION, BLOCKS, BlockMacro, Stage, conv
+from natlib.macro import ACTIVATION, BLOCKS, Block, BlockMacro, Layer, Shape, Stage, conv
 from natlib.network import CellNetwork, parameter_count
-from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
+from natlib.operations import BatchNorm
+from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES, primitive
 from natlib.zoo import ZOO
 from tests.strategies import all_runs, cells, generator, run_counting
 
@@ -152,7 +155,72 @@ def test_the_pooling_of_a_block_has_no_batch_norm() -> None:
     genotype = ZOO["ResBlock"].with_primitives([*pools, *pools])
     network = CellNetwork(small("basic"), genotype=genotype)
     names = [type(m).__name__ for m in network.cells[0].edges.modules()]  # type: ignore[union-attr]
-    assert "MaxPool2d" in names and "AvgPool2d" in names and "BatchNorm" not in names
+    assert names.count("Pooling") == 2 and "BatchNorm" not in names
+
+
+def plainly(layers: Iterable[Layer], channels: int) -> nn.Sequential:
+    """Build layers from PyTorch's own modules."""
+    modules: list[nn.Module] = []
+    for x in layers:
+        if x.kind == "activation":
+            modules.append(nn.ReLU())
+        elif x.kind in ("max_pool", "avg_pool"):
+            if x.kernel[0] % 2 == 0 and x.stride[0] == 1:
+                modules.append(nn.ReplicationPad2d((0, 1, 0, 1)))
+            modules.append(
+                nn.MaxPool2d(x.kernel, x.stride, x.padding)
+                if x.kind == "max_pool"
+                else nn.AvgPool2d(x.kernel, x.stride, x.padding, count_include_pad=False)
+            )
+        else:
+            width, groups = (x.channels, 1) if x.kind == "conv" else (channels, channels)
+            modules.append(
+                nn.Conv2d(channels, width, x.kernel, x.stride, x.padding, x.dilation, groups,
+                          bias=False)
+            )  # fmt: skip
+            channels = width
+            if x.norm:
+                modules.append(nn.BatchNorm2d(channels))
+    return nn.Sequential(*modules)
+
+
+SHAPES = (Shape(8, 8), Shape(12, 8), Shape(8, 4))
+JOINS = [(a, b) for a, b in product(range(3), repeat=2) if SHAPES[a].size >= SHAPES[b].size]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("name", [name for name in ALL_PRIMITIVES if name != "null"])
+def test_operations_equal_ordinary_modules_in_values_and_gradients(
+    name: str, kind: str, training: bool
+) -> None:
+    for a, b in JOINS:
+        layers = Block(kind, SHAPES, True).layers(primitive(name), a, b)
+        channels, side = SHAPES[a].channels, SHAPES[a].size
+        ours, width = network._layers(layers, channels, small(kind), False)
+        theirs = plainly(layers, channels)
+        assert width == SHAPES[b].channels
+        for module in ours.modules():
+            if isinstance(module, BatchNorm):
+                module.reset()
+        weights = list(drawn(theirs).values())
+        names = list(ours.state_dict())
+        ours.load_state_dict(dict(zip(names, weights, strict=True)))
+        ours, theirs = ours.double().train(training), theirs.double().train(training)
+        start = torch.randn(3, channels, side, side, generator=generator(), dtype=torch.float64)
+        inputs = [
+            start.contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2)
+        ]
+        outputs = [f(x) for f, x in zip((ours, theirs), inputs, strict=True)]
+        assert outputs[0].shape[2:] == (SHAPES[b].size,) * 2
+        torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+        wants = [[x, *f.parameters()] for x, f in zip(inputs, (ours, theirs), strict=True)]
+        if layers:
+            weighing = torch.randn(outputs[0].shape, generator=generator(2), dtype=torch.float64)
+            grads = [
+                torch.autograd.grad(y, w, weighing) for y, w in zip(outputs, wants, strict=True)
+            ]
+            torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
 
 def test_published_rewritings_of_resnet_and_mobilenet_fit_their_networks() -> None:
