@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from natlib.budget import Budget
-from natlib.compare import Network, holm, p_value
+from natlib.compare import Network
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import Cell, Edge, Genotype
@@ -23,7 +23,7 @@ from natlib.network import CellNetwork
 from natlib.operations import BatchNorm
 from natlib.policy import Policy
 from natlib.records import Record, Run
-from natlib.report import Interval, format_interval
+from natlib.report import Interval, format_interval, holm, p_value
 from natlib.search import (
     PolicyConfig,
     Scores,
@@ -100,8 +100,9 @@ class CandidatesConfig:
     """What a policy proposes for held-out random architectures, and how every proposal scores.
 
     A policy of None is that of uniform random transitions of ``transitions``. Scores are taken on
-    ``images`` images of each part, statistics of ``batch`` drawn images and of ``images`` training
-    images only if ``statistics``. Inputs are the first of ``search.GainConfig``'s.
+    ``images`` images of each part, other ones for each seed, statistics of ``batch`` drawn images
+    and of ``images`` training images only if ``statistics``. Inputs are the first of
+    ``search.GainConfig``'s.
     """
 
     supernet: SupernetConfig
@@ -134,25 +135,26 @@ def score_candidates(run: Run) -> dict[str, Any]:
     generator = stream(config.seed, "held out")
     inputs = [space.sample(generator) for _ in range(config.genotypes)]
     draw = stream(config.seed, "candidates")
-    order = torch.randperm(len(parts.search.labels), generator=stream(config.seed, "shuffled"))
     n = config.images
+    own = {
+        name: getattr(parts, name).share(n, config.seed) for name in ("search", "report", "test")
+    }
+    x, y = own["search"].normalised, own["search"].labels
+    order = torch.randperm(n, generator=stream(config.seed, "shuffled")).to(y.device)
     result: dict[str, Any] = {}
     for done, before in enumerate(inputs):
         row = [before, *policy.sample([before] * config.samples, draw).genotypes]
         limit = Budget.of(network_cost(before, macro))
         distinct = list(dict.fromkeys(row))
         scores: dict[str, list[Any]] = {"within": [limit.allows(g, macro) for g in distinct]}
-        for name in ("search", "report", "test"):
-            part = getattr(parts, name)
-            scores[name] = accuracies(network, part.normalised[:n], part.labels[:n], distinct)
+        for name, part in own.items():
+            scores[name] = accuracies(network, part.normalised, part.labels, distinct)
         if config.statistics:
-            x, y = parts.search.normalised, parts.search.labels
-            some = order[order < n].to(y.device)
-            scores["shuffled"] = accuracies(network, x[some], y[some], distinct, config.batch)
+            scores["shuffled"] = accuracies(network, x[order], y[order], distinct, config.batch)
             scores["fixed"] = []
             for g in distinct:
                 with fixed_statistics(network, parts.train.normalised[:n], g):
-                    scores["fixed"] += accuracies(network, x[:n], y[:n], [g])
+                    scores["fixed"] += accuracies(network, x, y, [g])
         for name, values in scores.items():
             found = dict(zip(distinct, values, strict=True))
             result.setdefault(name, []).append([found[g] for g in row])

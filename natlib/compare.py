@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from natlib import data, handcrafted, zoo
 from natlib.baselines import NAOConfig, closure, nao
@@ -22,7 +19,15 @@ from natlib.genotype import Genotype
 from natlib.macro import BlockMacro, Macro, MacroConfig
 from natlib.published import printed_costs
 from natlib.records import Record, Run, RunStore
-from natlib.report import Interval, format_interval, interval, load_reported, paired_difference
+from natlib.report import (
+    Interval,
+    format_interval,
+    holm,
+    interval,
+    load_reported,
+    p_value,
+    paired_difference,
+)
 from natlib.search import (
     RECIPES,
     PolicyConfig,
@@ -32,14 +37,15 @@ from natlib.search import (
     derive,
     load_policy,
     load_supernet,
+    require_distinct_rules,
     settings,
 )
 from natlib.train import DataConfig, TrainConfig, splits, stream, train_standalone
-from natlib.transitions import free
+from natlib.transitions import TITLES, free
 
 ORIGINAL = "original"
-TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
-"""What tables call the methods of each rule."""
+LEARNED = 0.3
+"""See ``Comparison.learned``."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ class RewriteConfig:
     """Rewriting of one network by policies, and by NAO where ``nao`` is given, on one supernet.
 
     A policy's candidates may cost no more than the input in ``macro``, NAO's may. All look at
-    ``samples`` genotypes besides the input, NAO at as many different ones.
+    ``samples`` genotypes besides the input, NAO at as many different ones. Results are named after
+    rules: raises NatlibError on two policies of one rule.
     """
 
     supernet: SupernetConfig
@@ -122,6 +129,9 @@ class RewriteConfig:
     samples: int
     seed: int
     nao: NAOConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_distinct_rules(self.policies)
 
 
 def rewrite_network(run: Run) -> dict[str, Any]:
@@ -216,6 +226,15 @@ def promised(records: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str], l
     }
 
 
+def before(group: Sequence[Record]) -> list[float]:
+    """Accuracy of an input by shared weights, on images that chose nothing: one fraction a seed.
+
+    ``group`` are a network's records by ``rewrite``. Near chance it says that these weights judge
+    no rewriting of this network either.
+    """
+    return [float(next(iter(r.result.values()))["before_accuracy"]) for r in group]
+
+
 def released(names: Iterable[str], seeds: int) -> dict[str, dict[str, list[Genotype]]]:
     """The authors' released rewritings of published cells: method, network, the same every seed."""
     methods: dict[str, dict[str, list[Genotype]]] = {}
@@ -242,29 +261,6 @@ def transfer_target(source: str) -> str:
 
 
 # Comparison ----------------------------------------------------------------------------------
-
-
-def holm(p: ArrayLike) -> NDArray[np.float64]:
-    """Correct p-values for their number; those that are NaN count for nothing and stay.
-
-    Source: Holm, Scand. J. Statist. 6 (1979).
-    """
-    values = np.asarray(p, dtype=np.float64)
-    adjusted = np.full_like(values, np.nan)
-    known = np.flatnonzero(~np.isnan(values))
-    order = known[np.argsort(values[known], kind="stable")]
-    factors = np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(factors * values[order]), 1)
-    return adjusted
-
-
-def p_value(i: Interval) -> float:
-    """Two-sided p of Student's t test that the mean is zero; NaN for a single value."""
-    if i.n < 2:
-        return math.nan
-    if i.sd == 0:
-        return float(i.mean == 0)
-    return float(2 * stats.t.sf(abs(i.mean) / (i.sd / math.sqrt(i.n)), i.n - 1))
 
 
 @dataclass(frozen=True)
@@ -323,6 +319,16 @@ class Comparison:
         )
         return paired_difference(old, new)
 
+    @property
+    def learned(self) -> bool:
+        """Whether every original went three tenths of the way from guessing to all right.
+
+        Below that networks from scratch say nothing of one another.
+        """
+        chance = 1 / splits(self.images).classes
+        means = [float(np.mean(self.accuracy(ORIGINAL, n))) for n in self.networks]
+        return min(means) >= chance + LEARNED * (1 - chance)
+
     def told(self) -> dict[str, Any]:
         """What pages say in their prose, by the name that it is glued under.
 
@@ -367,7 +373,8 @@ class Comparison:
     ) -> dict[str, dict[str, list[float]]]:
         """Rows for ``evidence.keep``: accuracy, its change, those of cost at the published size.
 
-        With the records that ``rewrite`` gave, also what their shared weights promised.
+        "live" cost leaves out edges into nodes that nothing reads. With the records that
+        ``rewrite`` gave, also what their shared weights said of the input, and promised.
         """
         told = promised(found or {})
         rows: dict[str, dict[str, list[float]]] = {}
@@ -375,15 +382,26 @@ class Comparison:
             new = self.accuracy(method, network)
             row = rows[f"{network}, {method}"] = {"top-1 (%)": new}
             if method == ORIGINAL:
+                if found and network in found:
+                    row["by shared weights (%)"] = before(found[network])
                 continue
             old = self.accuracy(ORIGINAL, network)
             row["change (points)"] = [b - a for a, b in zip(old, new, strict=True)]
             if (network, method) in told:
                 row["change by shared weights"] = told[network, method]
             macro, start = self.networks[network].published, self.cost(ORIGINAL, network)
+            own = network_cost(self.networks[network].genotype.pruned(), macro)
             costs = [network_cost(g, macro) for g in self.genotypes[method][network]]
             row["params change (%)"] = [c.params / start[0] - 1 for c in costs]
             row["MAdds change (%)"] = [c.madds / start[1] - 1 for c in costs]
+            live = [
+                network_cost(g.pruned(), macro).madds / own.madds - 1
+                for g in self.genotypes[method][network]
+            ]
+            row["live MAdds change (%)"] = live
+            row["rewritten"] = [
+                float(g != self.networks[network].genotype) for g in self.genotypes[method][network]
+            ]
         for method in self.methods:
             groups = [
                 row["change (points)"] for name, row in rows.items() if name.endswith(f", {method}")

@@ -94,8 +94,9 @@ def _frame_cost(normal: int, reduce: int, macro: Macro) -> Cost:
 def network_cost(genotype: Genotype, macro: Macro) -> Cost:
     """Params and MAdds of the standalone network on one image.
 
-    Params count everything trained from scratch (affine batch norms and the classifier's bias
-    included), MAdds convolutions and the linear layers: the counting of the papers' tables. An
+    Params count everything that is built (affine batch norms and the classifier's bias included),
+    MAdds convolutions and the linear layers: the counting of the papers' tables. Edges into nodes
+    that nothing reads count too, though nothing computes them: see ``Genotype.pruned``. An
     auxiliary head is not counted, as in DARTS. Raises NatlibError if the genotype does not fit a
     hand-crafted network.
     """

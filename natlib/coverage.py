@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +67,28 @@ def item_of(row: pd.Series, among: Sequence[Item]) -> Item:
     raise NatlibError(f"paper/coverage.csv: no line covers {named}")
 
 
-def counts(scale: str) -> dict[str, int]:
+Trained = Mapping[str, Collection[tuple[str, str]]]
+"""Notebook: the networks and methods that it trained."""
+
+
+def _counterpart(row: pd.Series, trained: Collection[tuple[str, str]]) -> bool:
+    """Whether a published row's network and method were trained, under its name or a part of it.
+
+    One graph of several stands as "VGG16, nearest", their mean as "NAT, mean of 3 graphs".
+    """
+    return any(
+        f"{network}, ".startswith(f"{row['architecture']}, ")
+        and f"{row['method']}, ".startswith(f"{method}, ")
+        for network, method in trained
+    )
+
+
+def counts(scale: str, trained: Trained) -> dict[str, int]:
     """Count published numbers at a scale, and those that have a counterpart.
 
-    Keys: "costs", "costs covered" (recomputed, see ``published``), "accuracies", "accuracies
-    covered" (by a notebook that is there and trains at this scale).
+    ``trained`` says what the notebooks of whole tables trained. Keys: "costs", "costs covered"
+    (recomputed, see ``published``), "accuracies", "accuracies covered" (trained, or at paper scale
+    by a notebook that is there).
     """
     lines, reported, costs = items(), load_reported(), printed_costs()
     known = {(c.dataset, c.architecture, c.method) for c in costs if c.network}
@@ -81,8 +98,11 @@ def counts(scale: str) -> dict[str, int]:
         number = int(row[["top1", "top5"]].notna().sum())
         total += number
         # What rewriting chose can be trained on ImageNet only where its cells were published.
-        trains = line.scales == "all" or tuple(row[n] for n in KEYS) in known
-        covered += number * (line.there and line.scales in ("all", scale) and trains)
+        if line.scales == "all":
+            found = _counterpart(row, trained.get(line.notebook, ()))
+        else:
+            found = line.scales == scale and tuple(row[n] for n in KEYS) in known
+        covered += number * (line.there and found)
     numbers = [(bool(c.params) + bool(c.madds), c.network is not None) for c in costs]
     return {
         "costs": sum(n for n, _ in numbers),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import pandas as pd
 
 from natlib.errors import NatlibError
 from natlib.records import PAGE, Record, RunStore, read_reference
-from natlib.report import Table, duration, format_interval, interval
+from natlib.report import Table, duration, format_interval, holm, interval, p_value
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
-"""Row, column, one fraction a seed. Columns of changes have "change" in their name, of rank
-correlations "ρ"."""
+"""Row, column, one fraction a seed. Columns of changes of accuracy have "change" in their name, of
+cost "change (%)", of rank correlations "ρ"; "rewritten" is 1 where a seed's genotype changed."""
 
 LONG = "extended"
 
@@ -46,11 +49,19 @@ def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) 
         "machines": list(machines),
         "seconds": sum(float(r.provenance["wall_seconds"]) for r in distinct.values()),
     }
-    # One key stands for those of all records, of which there may be hundreds.
-    keys = hashlib.sha256(" ".join(sorted(distinct)).encode()).hexdigest()[:16]
+    # One key stands for those of all records, of which there may be hundreds; another for what the
+    # page makes of them.
+    inputs = {
+        "records": _short_hash(" ".join(sorted(distinct))),
+        "found": _short_hash(json.dumps(found["rows"]) + about),
+    }
     return RunStore.default().run(
-        PAGE, PageConfig(page, scale), lambda _: found, recipe=2, data="", inputs={"records": keys}
+        PAGE, PageConfig(page, scale), lambda _: found, recipe=2, data="", inputs=inputs
     )
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _latest(page: str, scale: str) -> Record | None:
@@ -59,22 +70,19 @@ def _latest(page: str, scale: str) -> Record | None:
     return records[-1] if records else None
 
 
-def changes(page: str, scale: str = LONG) -> dict[str, list[float]]:
-    """Return the recorded changes of accuracy, row by row, one a seed; none where none are."""
+def rows(page: str, scale: str = LONG) -> Rows:
+    """Return what the recorded reference of a scale holds of a page, as ``keep`` took it."""
     record = _latest(page, scale)
-    return {
-        row: values
-        for row, columns in (record.result["rows"].items() if record else ())
-        for column, values in columns.items()
-        if "change (points)" in column
-    }
+    found: Rows = record.result["rows"] if record else {}
+    return found
 
 
 def recorded(page: str, scale: str = LONG) -> Table:
     """Show what the recorded reference of a scale holds of a page; say so where it holds nothing.
 
-    Changes are means with 95 % intervals over the seeds, other values means ± half an interval,
-    in percent but for rank correlations.
+    Changes of accuracy are means with 95 % intervals over the seeds, with p-values corrected for
+    all rows (Holm); those of cost medians with the least and the greatest; other values means ±
+    half an interval, in percent but for rank correlations.
     """
     record = _latest(page, scale)
     if record is None:
@@ -83,20 +91,50 @@ def recorded(page: str, scale: str = LONG) -> Table:
         )
         return Table(frame, f"Recorded at the {scale} scale")
     result = record.result
-    rows = []
+    shown, p = [], []
     for name, columns in result["rows"].items():
         count = max(len(values) for values in columns.values())
-        rows.append({"what": name, **{c: _cell(c, v) for c, v in columns.items()}, "n": count})
+        shown.append({"what": name, **{c: _cell(c, v) for c, v in columns.items()}, "n": count})
+        changed = [v for c, v in columns.items() if "change (points)" in c]
+        p.append(p_value(interval(changed[0])) if changed else math.nan)
+    frame = pd.DataFrame(shown)
+    if not all(map(math.isnan, p)):
+        frame["p (Holm)"] = holm(p)
     caption = (
         f"Recorded at the {scale} scale: {result['about']}. n seeds each; ± and brackets are 95 % "
-        f"intervals over them. Computing time {duration(result['seconds'])} on "
-        f"{'; '.join(result['machines'])}."
+        "intervals over them, but changes of cost: the median seed [the least, the greatest]. p by "
+        f"the first change of a row, corrected for all rows. Computing time "
+        f"{duration(result['seconds'])} on {'; '.join(result['machines'])}."
     )
-    return Table(pd.DataFrame(rows), caption)
+    return Table(frame, caption)
+
+
+def beside(page: str, table: pd.DataFrame, here: str, scale: str = LONG) -> pd.DataFrame:
+    """Put what is recorded of a page beside a table that ``compare.Comparison.table`` made.
+
+    Rows of accuracy alone: printed, found ``here`` (the name of that column), recorded; those that
+    were trained nowhere are left out.
+    """
+    known, heads = rows(page, scale), ["top-1 (%), paper", "top-1 (%), ours"]
+    found = table[["network", "method"]].join(table.reindex(columns=heads))
+    found[f"recorded, {scale}"] = [
+        f"{_cell('', own['top-1 (%)'])} (n = {len(own['top-1 (%)'])})"
+        if (own := known.get(f"{network}, {method}"))
+        else None
+        for network, method in zip(found["network"], found["method"], strict=True)
+    ]
+    found["notebook"] = page
+    trained = found[[heads[1], f"recorded, {scale}"]].notna().any(axis=1)
+    return found[trained].rename(columns=dict(zip(heads, ("paper", here), strict=True)))
 
 
 def _cell(column: str, values: Sequence[float]) -> str:
-    """Write a mean with its interval, in percent; a rank correlation as it is."""
+    """Write the values of a cell; see ``recorded``."""
+    if column == "rewritten":
+        return f"{sum(values):.0f} of {len(values)}"
+    if "change (%)" in column:
+        least, middle, most = (100 * v for v in (min(values), median(values), max(values)))
+        return f"{middle:+.0f} [{least:.0f}, {most:.0f}]"
     i = interval(values)
     if "change" in column:
         return format_interval(i, counted=False)

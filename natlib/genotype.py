@@ -181,6 +181,16 @@ class Genotype:
         """The primitives of all edges, normal first, in the order of ``edges``."""
         return tuple(e.primitive for _, cell in self.cells for e in cell.edges)
 
+    def pruned(self) -> Genotype:
+        """The same function with null for every edge into a node that the output does not read."""
+        return self.with_primitives(
+            [
+                e.primitive if e.target in cell.live else "null"
+                for _, cell in self.cells
+                for e in cell.edges
+            ]
+        )
+
     def fingerprint(self) -> str:
         """Hash what the genotype computes; see ``Cell.fingerprint``."""
         return _digest([self.normal.fingerprint(), self.reduce.fingerprint()])

@@ -449,6 +449,8 @@ class RunStore:
             checkpoint = directory / "checkpoint.pt"
             if checkpoint.exists() and checkpoint.stat().st_mtime < self.fresh_since:
                 checkpoint.unlink()
+            # Before the body: files may change while it runs.
+            code = {"source": sources.module_hash(job.body.__module__), **git_state()}
             started = datetime.now(UTC)
             run = Run(job.config, job.kind, job.key, directory, self.checkpoint_seconds)
             result = job.body(run)
@@ -461,7 +463,7 @@ class RunStore:
                 inputs=job.inputs,
                 result=_checked_result(result, job.kind),
                 artifacts=run.artifacts,
-                provenance=_provenance(job.body, run, started),
+                provenance=_provenance(job.body, run, started, code),
                 path=directory / "record.json",
             )
             write_json(record.path, record.content)
@@ -569,8 +571,8 @@ def _checked_result(result: Any, kind: str) -> dict[str, Any]:
         raise NatlibError(f"result of {kind} cannot be recorded: {error}") from error
 
 
-def _provenance(body: Body, run: Run, started: datetime) -> dict[str, Any]:
-    """Return what is recorded about code, machine and time."""
+def _provenance(body: Body, run: Run, started: datetime, code: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is recorded about machine and time, and about the ``code`` that ran."""
     import numpy
     import torch
 
@@ -578,14 +580,13 @@ def _provenance(body: Body, run: Run, started: datetime) -> dict[str, Any]:
     gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "body": f"{body.__module__}:{body.__qualname__}",
-        "source": sources.module_hash(body.__module__),
+        **code,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "cpu": cpu_model(),
         "threads": torch.get_num_threads(),
-        **git_state(),
         "started": started.isoformat(),
         "finished": finished.isoformat(),
         "wall_seconds": round(run.wall_seconds, 3),

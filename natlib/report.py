@@ -63,12 +63,14 @@ __all__ = [
     "draw_genotype",
     "duration",
     "format_interval",
+    "holm",
     "interval",
     "interval_table",
     "load_reported",
     "mask_plot",
     "mean_change",
     "measured",
+    "p_value",
     "paired_difference",
     "plot_curves",
     "plot_intervals",
@@ -137,6 +139,29 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> I
     if len(first) != len(second):
         raise NatlibError(f"pairs need equal lengths, got {len(first)} and {len(second)}")
     return interval(second - first, confidence)
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """Correct p-values for their number; those that are NaN count for nothing and stay.
+
+    Source: Holm, Scand. J. Statist. 6 (1979).
+    """
+    values = np.asarray(p, dtype=np.float64)
+    adjusted = np.full_like(values, np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(factors * values[order]), 1)
+    return adjusted
+
+
+def p_value(i: Interval) -> float:
+    """Two-sided p of Student's t test that the mean is zero; NaN for a single value."""
+    if i.n < 2:
+        return math.nan
+    if i.sd == 0:
+        return float(i.mean == 0)
+    return float(2 * stats.t.sf(abs(i.mean) / (i.sd / math.sqrt(i.n)), i.n - 1))
 
 
 def format_interval(
@@ -582,6 +607,10 @@ VERDICTS: Mapping[object, tuple[str, str]] = {
 }
 
 
+LEVEL = 0.05
+"""Below it a p-value decides a claim."""
+
+
 @dataclass(frozen=True)
 class Claim:
     """A published claim with our evidence on it.
@@ -601,12 +630,16 @@ class Claim:
     digits: int = 1
 
     @property
-    def verdict(self) -> Verdict:
-        """Decided only if the whole interval lies on one side of zero."""
+    def p(self) -> float:
+        """Two-sided p of the interval's mean being zero; NaN for other evidence."""
+        return p_value(self.evidence) if isinstance(self.evidence, Interval) else math.nan
+
+    def verdict(self, p: float) -> Verdict:
+        """Decide an interval by its sign where ``p``, corrected or not, is below 5 %."""
         if isinstance(self.evidence, Interval):
-            if self.evidence.low > 0:
-                return "holds"
-            return "does not hold" if self.evidence.high < 0 else "cannot be decided at this scale"
+            if not p < LEVEL:
+                return "cannot be decided at this scale"
+            return "holds" if self.evidence.mean > 0 else "does not hold"
         if self.evidence is None:
             return "cannot be decided at this scale"
         return "holds" if self.evidence else "does not hold"
@@ -622,10 +655,17 @@ class Claim:
         return " ".join(w for w in (self.measured, shown) if w) or "–"
 
 
-def scorecard(claims: Iterable[Claim]) -> pd.DataFrame:
-    """Tabulate claims: claim, source, evidence, verdict, notebook."""
-    columns = ["claim", "source", "what we found", "verdict", "notebook"]
-    rows = [(c.text, c.source, c.words, c.verdict, c.where) for c in claims]
+def scorecard(claims: Sequence[Claim]) -> pd.DataFrame:
+    """Tabulate claims: claim, source, evidence, p, verdict, notebook.
+
+    Verdicts on intervals go by p corrected for all claims of the table (Holm).
+    """
+    corrected = holm([c.p for c in claims])
+    columns = ["claim", "source", "what we found", "p (Holm)", "verdict", "notebook"]
+    rows = [
+        (c.text, c.source, c.words, p, c.verdict(p), c.where)
+        for c, p in zip(claims, corrected, strict=True)
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 

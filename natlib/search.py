@@ -48,36 +48,46 @@ class SpaceConfig:
 
     ``nodes``: allowed numbers of intermediate nodes of a cell; ``degrees``: of incoming edges of a
     node, from any earlier nodes; each edge carries any of ``primitives``. A share ``loose_ends`` of
-    the genotypes concatenates only nodes without outgoing edge (ENAS, VGG), the rest all nodes
-    (DARTS). ENAS's own space is ``SpaceConfig((5,), ENAS_PRIMITIVES, loose_ends=1.0)``.
+    the genotypes concatenates only nodes without outgoing edge (ENAS), a share ``last`` puts out
+    the last node alone (VGG, ResNet, MobileNetV2), the rest concatenates all nodes (DARTS). ENAS's
+    own space is ``SpaceConfig((5,), ENAS_PRIMITIVES, loose_ends=1.0)``. Raises NatlibError on
+    numbers below 1 and on shares that are none.
     """
 
     nodes: tuple[int, ...] = (4,)
     primitives: tuple[str, ...] = PRIMITIVES
     loose_ends: float = 0.0
     degrees: tuple[int, ...] = field(default=(2,), metadata=ADDED_LATER)
+    last: float = field(default=0.0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         for name in ("nodes", "degrees"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1:
                 raise NatlibError(f"{name} = {numbers}; it must hold numbers above 0")
+        if min(self.loose_ends, self.last) < 0 or self.loose_ends + self.last > 1:
+            raise NatlibError(
+                f"loose_ends = {self.loose_ends}, last = {self.last}; they are shares of the "
+                "genotypes, at most 1 together"
+            )
 
     def sample(self, generator: torch.Generator) -> Genotype:
         """Draw a genotype."""
         nodes = self.nodes[_below(len(self.nodes), generator)]
-        loose = float(torch.rand((), generator=generator)) < self.loose_ends
-        return Genotype(*(self._cell(nodes, loose, generator) for _ in range(2)))
+        share = float(torch.rand((), generator=generator))
+        return Genotype(*(self._cell(nodes, share, generator) for _ in range(2)))
 
-    def _cell(self, nodes: int, loose: bool, generator: torch.Generator) -> Cell:
+    def _cell(self, nodes: int, share: float, generator: torch.Generator) -> Cell:
         everyone = tuple(range(INPUTS, INPUTS + nodes))
         edges = tuple(
             Edge(_below(t, generator), t, self.primitives[_below(len(self.primitives), generator)])
             for t in everyone
             for _ in range(self._degree(generator))
         )
-        used = {e.source for e in edges}
-        return Cell(edges, tuple(n for n in everyone if n not in used) if loose else everyone)
+        if share < self.loose_ends:
+            used = {e.source for e in edges}
+            return Cell(edges, tuple(n for n in everyone if n not in used))
+        return Cell(edges, everyone[-1:] if share < self.loose_ends + self.last else everyone)
 
     def _degree(self, generator: torch.Generator) -> int:
         if len(self.degrees) == 1:
@@ -520,10 +530,10 @@ class GainConfig:
     snapshot: int = field(default=-1, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
-        _require_distinct_rules(self.policies)
+        require_distinct_rules(self.policies)
 
 
-def _require_distinct_rules(policies: Sequence[tuple[PolicyConfig, str]]) -> None:
+def require_distinct_rules(policies: Sequence[tuple[PolicyConfig, str]]) -> None:
     """Refuse policies whose results would stand under one name."""
     rules = [config.transitions for config, _ in policies]
     if len(set(rules)) < len(rules):
@@ -537,14 +547,14 @@ GROUP = 32
 def measure_gain(run: Run) -> dict[str, Any]:
     """Measure supernet accuracy before and after one rewriting; body of records of kind "gain".
 
-    Accuracy (0..1) on ``images`` report images, which no training, reward or selection saw.
+    Accuracy (0..1) on ``images`` report images, which no training, reward or selection saw, other
+    ones for each seed.
     Returns for the inputs and for each method ("natpp", "natpp argmax", "natpp random", ...) lists
     over the same architectures: ``accuracy``, ``params``, ``madds``.
     """
     config: GainConfig = run.config
     parts = splits(config.supernet.data)
-    images = parts.report.normalised[: config.images]
-    labels = parts.report.labels[: config.images]
+    report = parts.report.share(config.images, config.seed)
     network = load_supernet(config.supernet, config.supernet_key, config.snapshot)
     space = SpaceConfig((config.supernet.space.nodes[0],), config.supernet.space.primitives)
     generator = stream(config.seed, "held out")
@@ -568,7 +578,7 @@ def measure_gain(run: Run) -> dict[str, Any]:
         values = state.get("accuracies", [])
     for start in range(len(values), len(everything), GROUP):
         group = everything[start : start + GROUP]
-        values += accuracies(network, images, labels, group)
+        values += accuracies(network, report.normalised, report.labels, group)
         run.progress(len(values), len(everything))
         if run.checkpoint_due():
             run.save_checkpoint({"accuracies": values})
@@ -601,7 +611,7 @@ class DeriveConfig:
     budget: Budget | None = field(default=None, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
-        _require_distinct_rules(self.policies)
+        require_distinct_rules(self.policies)
 
 
 def derive_many(run: Run) -> dict[str, Any]:
@@ -643,8 +653,8 @@ def derive_many(run: Run) -> dict[str, Any]:
 
 
 RECIPES = {
-    "supernet": 1, "policy": 1, "gain": 1, "derive": 1, "score": 1, "train": 1, "rewrite": 1,
-    "candidates": 1,
+    "supernet": 1, "policy": 1, "gain": 2, "derive": 1, "score": 1, "train": 1, "rewrite": 1,
+    "candidates": 2,
 }  # fmt: skip
 """Versions of what the bodies do: raised when the meaning of a result changes."""
 

@@ -80,6 +80,18 @@ class Part:
     labels: Tensor
     normalised: Tensor
 
+    def share(self, images: int, seed: int) -> Part:
+        """The ``images`` that a seed looks at: others for each seed, while there are enough.
+
+        So an interval over seeds holds the luck of the images too. Raises NatlibError on more
+        images than there are.
+        """
+        if not 0 < images <= len(self.labels):
+            raise NatlibError(f"images = {images}; this part has {len(self.labels)}")
+        own = torch.arange(seed * images, (seed + 1) * images, device=self.labels.device)
+        own %= len(self.labels)
+        return Part(self.raw[own], self.labels[own], self.normalised[own])
+
 
 @dataclass(frozen=True)
 class Splits:

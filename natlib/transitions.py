@@ -154,8 +154,9 @@ def natpp_cost_safe(primitives: tuple[str, ...] = PRIMITIVES) -> Transitions:
     """natlib's own rule: NAT++ plus every pair that costs no more, minus those that cost more.
 
     Costs are compared at the edge's stride for every channel count from 8 up, so that a rewritten
-    network never has more params or MAdds (network counting) than its input. Additions, such as
-    separable -> conv_1x1, must cost no more in the counting of NAT++ Fig. 4 as well.
+    DARTS-style network never has more params or MAdds (network counting) than its input; in
+    hand-crafted ones a skip may be a projection, which costs. Additions, such as separable ->
+    conv_1x1, must cost no more in the counting of NAT++ Fig. 4 as well.
     """
     return Transitions("natpp_cost_safe", primitives, _cost_safe)
 
@@ -171,6 +172,9 @@ RULES: dict[str, Callable[..., Transitions]] = {
     "natpp": natpp,
     "natpp_cost_safe": natpp_cost_safe,
 }
+
+TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
+"""What pages call each rule, and the method that goes by it."""
 
 
 def by_name(name: str, primitives: tuple[str, ...] = PRIMITIVES) -> Transitions:

@@ -32,7 +32,7 @@ from natlib.records import Body, Record, Run, RunStore
 from natlib.search import BASELINES, advantages, settings
 from natlib.tabular import KINDS, Codes, Space, Values, attribute, kind_of
 from natlib.train import stream
-from natlib.transitions import by_name
+from natlib.transitions import TITLES, by_name
 
 MASKINGS = ("BMSoftmax", "rejection", "after sampling")
 DECAY = 0.99
@@ -551,7 +551,6 @@ def _judged(
 # Studies -----------------------------------------------------------------------------------------
 
 RECIPE = 2
-TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from natlib.records import PAGE, Record, read_record, read_reference
 
 REFERENCE = Path("results/reference")
 LEVEL = 0.001
+MISSING = "missing"
 ROUNDING = 1e-6  # relative; float32 sums in another order
 
 Tolerances = dict[str, dict[str, float | None]]
@@ -125,7 +126,9 @@ def judge(reference: float | str, here: float | str, allowed: float | None) -> s
         inside = abs(reference - here) <= (allowed or 0)
     if same:
         return "same"
-    return "not judged" if allowed is None else "inside" if inside else "OUTSIDE"
+    if allowed is None and here != MISSING:
+        return "not judged"
+    return "inside" if inside else "OUTSIDE"
 
 
 def used_records(scale: str) -> dict[str, list[Record]]:
@@ -134,7 +137,12 @@ def used_records(scale: str) -> dict[str, list[Record]]:
     for manifest in sorted((RUNS / "manifests" / scale).glob("*.json")):
         entries = {e["key"]: e["kind"] for e in json.loads(manifest.read_text())}
         paths = [RUNS / kind / key / "record.json" for key, kind in entries.items()]
-        found[manifest.stem] = [read_record(path) for path in paths if path.exists()]
+        if gone := [path for path in paths if not path.exists()]:
+            raise NatlibError(
+                f"{manifest} names {len(gone)} records that are gone, such as {gone[0]}: run "
+                f"`make notebook NAME={manifest.stem} SCALE={scale}` again"
+            )
+        found[manifest.stem] = [read_record(path) for path in paths]
     return found
 
 
@@ -215,7 +223,7 @@ def verify(scale: str) -> int:
         exact = is_exact(reference)
         for metric, value in cells(reference.result).items():
             allowed = 0.0 if exact else limits.get(reference.kind, {}).get(metric)
-            verdict = judge(value, mine.get(metric, "missing"), allowed)
+            verdict = judge(value, mine.get(metric, MISSING), allowed)
             rows.append(
                 (reference.kind, reference.key, metric, value, mine.get(metric), allowed, verdict)
             )

@@ -24,8 +24,6 @@ from natlib.compare import (
     Size,
     _training,
     compare,
-    holm,
-    p_value,
     promised,
     rewrite,
     rewritten,
@@ -34,7 +32,7 @@ from natlib.cost import network_cost
 from natlib.handcrafted import MACROS, ORIGINALS, macro, scaled
 from natlib.macro import MacroConfig
 from natlib.records import Record
-from natlib.report import format_interval, interval, load_reported
+from natlib.report import format_interval, holm, interval, load_reported, p_value
 from natlib.search import Setting
 from tests.made import DATA
 
@@ -175,6 +173,7 @@ def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
     assert rows["VGG16, NAT"]["change (points)"] == pytest.approx([0.1, 0.2])
     (params, _), (old, _) = (found.cost(m, "VGG16") for m in ("NAT", ORIGINAL))
     assert rows["VGG16, NAT"]["params change (%)"] == pytest.approx([params / old - 1] * 2)
+    assert rows["VGG16, NAT"]["rewritten"] == [1, 1]
     assert rows["all networks, NAT"]["change (points)"] == pytest.approx([0.0, 0.1])
     mixed = found.mixed("NAT")
     assert sum(rows["all networks, NAT"]["change (points)"]) / 2 == pytest.approx(mixed.mean)
@@ -185,6 +184,28 @@ def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
         {(ORIGINAL, "VGG16"): [0.5], (ORIGINAL, "ResNet20"): [0.5], ("NAT", "VGG16"): [0.6]}
     )
     assert list(few.kept()) == ["VGG16, original", "VGG16, NAT", "ResNet20, original"]
+
+
+def test_live_cost_leaves_out_what_nothing_reads(made_images: None) -> None:
+    # The second convolution reads node 3, the output does not: nothing computes the first either.
+    names = list(ORIGINALS["ResNet20"].primitives)
+    names[5] = names[13] = "null"
+    genotype = ORIGINALS["ResNet20"].with_primitives(names)
+    found = by_hand({(ORIGINAL, "ResNet20"): [0.5], ("NAT", "ResNet20"): [0.4]})
+    found.genotypes["NAT"]["ResNet20"][:] = [genotype]  # type: ignore[index]
+    row = found.kept()["ResNet20, NAT"]
+    assert row["live MAdds change (%)"][0] < row["MAdds change (%)"][0] < 0
+    pruned = genotype.pruned()
+    assert pruned.fingerprint() == genotype.fingerprint()
+    assert pruned == pruned.pruned() != genotype
+    assert ORIGINALS["ResNet20"].pruned() == ORIGINALS["ResNet20"]
+
+
+def test_whether_the_originals_learned_is_a_share_of_the_way(made_images: None) -> None:
+    # Four classes: guessing is 25 %, three tenths of the way 47.5 %.
+    for low, learned in ((0.48, True), (0.47, False)):
+        found = by_hand({(ORIGINAL, "VGG16"): [0.9] * 3, (ORIGINAL, "ResNet20"): [low] * 3})
+        assert found.learned is learned
 
 
 def test_what_shared_weights_promised_stands_beside_what_training_gave() -> None:
@@ -211,6 +232,7 @@ def test_what_shared_weights_promised_stands_beside_what_training_gave() -> None
     assert rows["VGG16, NAT"]["change by shared weights"] == pytest.approx([0.1, 0.2])
     assert rows["VGG16, NAT"]["change (points)"] == pytest.approx([-0.1, 0.0])
     assert "change by shared weights" not in rows["VGG16, released"]
+    assert rows["VGG16, original"]["by shared weights (%)"] == [0.3, 0.3]
 
 
 def test_the_table_joins_what_is_printed_and_keeps_what_was_not_trained() -> None:

@@ -199,7 +199,7 @@ def test_a_single_value_has_no_bounds_and_decides_nothing() -> None:
     assert math.isnan(one.low) and math.isnan(one.high)
     assert report.format_interval(one) == report.mean_change([0.5], [0.52]) == "+2.0 (n = 1)"
     claim = report.Claim("a", "b", "c", one)
-    assert claim.verdict == "cannot be decided at this scale"
+    assert claim.verdict(claim.p) == "cannot be decided at this scale"
     assert "NAT +2.0 (n = 1)." in report.plot_intervals({"NAT": one}, "points").alt
 
 
@@ -385,11 +385,22 @@ def test_verdict_follows_from_the_evidence(
 ) -> None:
     claim = report.Claim("text", "NAT, Sec. 4", "04_policy", evidence, "seen")
     frame = report.scorecard([claim])
-    assert claim.verdict == verdict == frame.verdict[0]
+    assert claim.verdict(claim.p) == verdict == frame.verdict[0]
     assert frame["what we found"][0].startswith("seen")
     html = report.Table(frame, stacked=True)._repr_html_()
     assert f"{report.VERDICTS[verdict][1]} {verdict}" in html
     assert '<a href="04_policy.ipynb">04_policy</a>' in html
+
+
+def test_a_scorecard_corrects_for_the_number_of_its_claims() -> None:
+    one = report.Claim("a", "b", "c", report.Interval(2, 0.24, 3.76, 5, 1.42))
+    assert 0.02 < one.p < 0.04
+    assert report.scorecard([one]).verdict[0] == "holds"
+    exact = report.Claim("a", "b", "c", True)
+    assert list(report.scorecard([one, exact]).verdict) == ["holds", "holds"]
+    both = report.scorecard([one, one, exact])
+    assert list(both["p (Holm)"][:2]) == pytest.approx([2 * one.p] * 2)
+    assert list(both.verdict) == ["cannot be decided at this scale"] * 2 + ["holds"]
 
 
 # Provenance
