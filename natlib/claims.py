@@ -130,7 +130,8 @@ def _improves(where: str, what: str, nao: bool = False) -> Callable[[Rows], Iter
     """What a table of networks trained from scratch says."""
 
     def found(rows: Rows) -> Iterator[Found]:
-        on = f"{what} ({', '.join(_methods(rows).get('NAT', {}))}), trained from scratch"
+        names = dict.fromkeys(n.partition(", ")[0] for n in _methods(rows).get("NAT", {}))
+        on = f"{what} ({', '.join(names)}), trained from scratch"
         for t, source in (("NAT", f"NAT, {where}"), ("NAT++", "NAT++, Sec. 5")):
             if t == "NAT" or where != "Sec. 4.5":
                 yield f"{t} improves {on}", source, mixed(rows, t, ORIGINAL)

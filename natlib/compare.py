@@ -25,6 +25,7 @@ from natlib.report import (
     holm,
     interval,
     load_reported,
+    measured,
     p_value,
     paired_difference,
 )
@@ -491,6 +492,11 @@ class Comparison:
                 for pair in pairs
             ]
             frame.insert(3, "by shared weights", column)
+            inputs = [
+                measured(before(found[n]), signed=False) if found and n in found else None
+                for n, _ in pairs
+            ]
+            frame.insert(2, "original by shared weights (%)", inputs)
         return frame
 
     def summary(self) -> pd.DataFrame:
