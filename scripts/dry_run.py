@@ -31,9 +31,9 @@ from traitlets.config import Config
 import natlib
 from natlib import data, estimate, imagenet, records, train, zoo
 from natlib.ablation import LEARNERS
-from natlib.compare import TITLES
 from natlib.files import write_json
 from natlib.genotype import Genotype
+from natlib.transitions import TITLES
 
 SHAPES = {"cifar10": (10, 3), "cifar100": (100, 3), "fashion_mnist": (10, 1)}
 SECONDS = 2

@@ -277,7 +277,7 @@ def test_even_pools_keep_the_size_at_stride_1(name: str) -> None:
 
 
 @settings(max_examples=40)
-@given(st.sampled_from([3, 5]), st.sampled_from(STRIDES), sides, sides, st.booleans())
+@given(st.sampled_from([3, 5]), st.sampled_from([*STRIDES, 4]), sides, sides, st.booleans())
 def test_dilated_convolution_of_any_size(k: int, stride: int, h: int, w: int, last: bool) -> None:
     conv = DilatedDepthwise(C, k, stride).double()
     fill(conv)

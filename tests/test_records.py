@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natlib import NatlibError, records, sources
-from natlib.records import RunStore, as_json, read_all, read_record
+from natlib.records import Run, RunStore, as_json, read_all, read_record
 from tests import record_bodies as bodies
 from tests.record_bodies import Inner, Marked, Walk
 
@@ -121,6 +122,19 @@ def test_a_record_is_computed_once_and_read_back_equal(store: RunStore, tmp_path
     assert second.inputs == {"a": "1"}
     assert len(list(tmp_path.glob("0-*"))) == 1
     assert [r.key for r in read_all(store.root)] == [first.key]
+
+
+def test_the_source_is_that_of_the_code_that_ran(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files that change under a running body make another hash when it ends.
+    monkeypatch.setattr(sources, "module_hash", lambda _: "before")
+
+    def body(run: Run) -> dict[str, Any]:
+        monkeypatch.setattr(sources, "module_hash", lambda _: "after")
+        return {"x": 1}
+
+    assert store.run("walk", Walk(), body, **PLAIN).provenance["source"] == "before"
 
 
 def test_provenance_says_what_made_the_record(store: RunStore) -> None:

@@ -516,6 +516,22 @@ def test_verify_allows_what_seeds_explain_and_no_more(
     assert ("OUTSIDE" in capsys.readouterr().out) == bool(status)
 
 
+def test_verify_finds_a_metric_that_is_gone_even_without_a_tolerance(verifier: Any) -> None:
+    assert verifier.judge(0.5, 0.7, None) == "not judged"
+    assert verifier.judge(0.5, verifier.MISSING, None) == "OUTSIDE"
+    assert verifier.judge(0.5, verifier.MISSING, 1.0) == "OUTSIDE"
+
+
+def test_a_reference_is_not_recorded_while_records_are_gone(verifier: Any, tmp_path: Path) -> None:
+    gone = Verified(tmp_path).records[0].path
+    gone.unlink()
+    with pytest.raises(
+        NatlibError, match=r"one\.json names 1 records that are gone, such as .*run"
+    ):
+        verifier.record_reference("smoke")
+    assert not (tmp_path / "results").exists()
+
+
 def test_verify_says_what_is_missing(
     verifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

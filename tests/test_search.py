@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from natlib import NatlibError, data, handcrafted, search
+from natlib.compare import RewriteConfig
 from natlib.cost import Cost, network_cost
 from natlib.genotype import INPUTS, Genotype
 from natlib.macro import MacroConfig
@@ -164,6 +165,25 @@ def test_the_space_may_have_other_numbers_of_incoming_edges() -> None:
     assert "degrees" not in as_json(SpaceConfig()) and "degrees" in as_json(
         SpaceConfig(degrees=(3,))
     )
+
+
+def test_the_space_may_have_cells_that_put_out_their_last_node_alone() -> None:
+    draw = generator()
+    drawn = [SpaceConfig((4,), loose_ends=0.2, last=0.5).sample(draw) for _ in range(300)]
+    alone = sum(g.normal.concat == g.reduce.concat == (5,) for g in drawn)
+    assert 110 < alone < 190
+    # Records of the space as it was are still found, and its genotypes are as they were.
+    assert "last" not in as_json(SpaceConfig()) and "last" in as_json(SpaceConfig(last=0.5))
+    one, other = (SpaceConfig((4, 5), loose_ends=0.5, last=x) for x in (0.0, 0.4))
+    pairs = [(one.sample(generator(i)), other.sample(generator(i))) for i in range(50)]
+    assert all(a.primitives == b.primitives for a, b in pairs)
+    assert any(a != b for a, b in pairs)
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 0.0), (0.0, -0.1), (0.6, 0.5)])
+def test_shares_of_a_space_are_shares(shares: tuple[float, float]) -> None:
+    with pytest.raises(NatlibError, match=rf"loose_ends = {shares[0]}, last = {shares[1]}; they"):
+        SpaceConfig(loose_ends=shares[0], last=shares[1])
 
 
 @pytest.mark.parametrize("bad", [{"nodes": ()}, {"nodes": (0,)}, {"degrees": (2, 0)}])
@@ -848,6 +868,9 @@ def test_two_policies_of_one_rule_are_refused(supernet: Record) -> None:
         GainConfig(SUPERNET, supernet.key, both, (), 4, images=30, seed=0)
     with pytest.raises(NatlibError, match="rules natpp, natpp"):
         DeriveConfig(SUPERNET, supernet.key, both, (), samples=2, seed=0)
+    genotype = next(iter(ZOO.values()))
+    with pytest.raises(NatlibError, match="rules natpp, natpp"):
+        RewriteConfig(SUPERNET, supernet.key, both, "one", genotype, MACRO, samples=2, seed=0)
 
 
 def test_gains_are_measured_on_the_same_held_out_architectures(supernet: Record) -> None:
@@ -867,6 +890,16 @@ def test_gains_are_measured_on_the_same_held_out_architectures(supernet: Record)
     measured = record.result["natpp argmax"]["accuracy"]
     assert measured == [accuracy(network, x, labels, g) for g in argmax]
     assert all(len(v) == 4 for m in record.result.values() for v in m.values())
+
+
+def test_gains_of_each_seed_are_measured_on_images_of_its_own(supernet: Record) -> None:
+    config = replace(gain_config(supernet), images=10, seed=2)
+    result = RunStore.default().run("gain", config, measure_gain, recipe=1, data="").result
+    draw = stream(2, "held out")
+    inputs = [SpaceConfig((2,)).sample(draw) for _ in range(4)]
+    network, report = load_supernet(SUPERNET, supernet.key), splits(DATA).report
+    x, labels = report.normalised[20:30], report.labels[20:30]
+    assert result["input"]["accuracy"] == [accuracy(network, x, labels, g) for g in inputs]
 
 
 def test_gain_stopped_and_resumed_equals_uninterrupted(

@@ -18,6 +18,7 @@ from natlib.records import as_json
 from natlib.train import (
     CapturedStep,
     DataConfig,
+    Part,
     TrainConfig,
     accuracy,
     augmented,
@@ -46,6 +47,19 @@ CONFIG = TrainConfig(DATA, MACRO, SMALL, seed=0, epochs=3, batch=16)
 
 
 # --- randomness ----------------------------------------------------------------------------------
+
+
+def test_each_seed_looks_at_images_of_its_own_while_there_are_enough() -> None:
+    n = 5
+    labels = torch.arange(12)
+    part = Part(labels[:, None], labels, labels[:, None] / 2)
+    shares = [part.share(n, seed).labels.tolist() for seed in range(3)]
+    assert shares == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 0, 1, 2]]
+    own = part.share(n, 1)
+    assert own.raw[:, 0].tolist() == own.labels.tolist() == (own.normalised[:, 0] * 2).tolist()
+    for images in (0, 13):
+        with pytest.raises(NatlibError, match=rf"images = {images}; this part has 12"):
+            part.share(images, 0)
 
 
 def test_streams_depend_on_seed_and_labels_only() -> None:
