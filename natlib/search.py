@@ -48,46 +48,36 @@ class SpaceConfig:
 
     ``nodes``: allowed numbers of intermediate nodes of a cell; ``degrees``: of incoming edges of a
     node, from any earlier nodes; each edge carries any of ``primitives``. A share ``loose_ends`` of
-    the genotypes concatenates only nodes without outgoing edge (ENAS), a share ``last`` puts out
-    the last node alone (VGG, ResNet, MobileNetV2), the rest concatenates all nodes (DARTS). ENAS's
-    own space is ``SpaceConfig((5,), ENAS_PRIMITIVES, loose_ends=1.0)``. Raises NatlibError on
-    numbers below 1 and on shares that are none.
+    the genotypes concatenates only nodes without outgoing edge (ENAS, VGG), the rest all nodes
+    (DARTS). ENAS's own space is ``SpaceConfig((5,), ENAS_PRIMITIVES, loose_ends=1.0)``.
     """
 
     nodes: tuple[int, ...] = (4,)
     primitives: tuple[str, ...] = PRIMITIVES
     loose_ends: float = 0.0
     degrees: tuple[int, ...] = field(default=(2,), metadata=ADDED_LATER)
-    last: float = field(default=0.0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         for name in ("nodes", "degrees"):
             numbers = getattr(self, name)
             if not numbers or min(numbers) < 1:
                 raise NatlibError(f"{name} = {numbers}; it must hold numbers above 0")
-        if min(self.loose_ends, self.last) < 0 or self.loose_ends + self.last > 1:
-            raise NatlibError(
-                f"loose_ends = {self.loose_ends}, last = {self.last}; they are shares of the "
-                "genotypes, at most 1 together"
-            )
 
     def sample(self, generator: torch.Generator) -> Genotype:
         """Draw a genotype."""
         nodes = self.nodes[_below(len(self.nodes), generator)]
-        share = float(torch.rand((), generator=generator))
-        return Genotype(*(self._cell(nodes, share, generator) for _ in range(2)))
+        loose = float(torch.rand((), generator=generator)) < self.loose_ends
+        return Genotype(*(self._cell(nodes, loose, generator) for _ in range(2)))
 
-    def _cell(self, nodes: int, share: float, generator: torch.Generator) -> Cell:
+    def _cell(self, nodes: int, loose: bool, generator: torch.Generator) -> Cell:
         everyone = tuple(range(INPUTS, INPUTS + nodes))
         edges = tuple(
             Edge(_below(t, generator), t, self.primitives[_below(len(self.primitives), generator)])
             for t in everyone
             for _ in range(self._degree(generator))
         )
-        if share < self.loose_ends:
-            used = {e.source for e in edges}
-            return Cell(edges, tuple(n for n in everyone if n not in used))
-        return Cell(edges, everyone[-1:] if share < self.loose_ends + self.last else everyone)
+        used = {e.source for e in edges}
+        return Cell(edges, tuple(n for n in everyone if n not in used) if loose else everyone)
 
     def _degree(self, generator: torch.Generator) -> int:
         if len(self.degrees) == 1:

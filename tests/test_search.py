@@ -167,25 +167,6 @@ def test_the_space_may_have_other_numbers_of_incoming_edges() -> None:
     )
 
 
-def test_the_space_may_have_cells_that_put_out_their_last_node_alone() -> None:
-    draw = generator()
-    drawn = [SpaceConfig((4,), loose_ends=0.2, last=0.5).sample(draw) for _ in range(300)]
-    alone = sum(g.normal.concat == g.reduce.concat == (5,) for g in drawn)
-    assert 110 < alone < 190
-    # Records of the space as it was are still found, and its genotypes are as they were.
-    assert "last" not in as_json(SpaceConfig()) and "last" in as_json(SpaceConfig(last=0.5))
-    one, other = (SpaceConfig((4, 5), loose_ends=0.5, last=x) for x in (0.0, 0.4))
-    pairs = [(one.sample(generator(i)), other.sample(generator(i))) for i in range(50)]
-    assert all(a.primitives == b.primitives for a, b in pairs)
-    assert any(a != b for a, b in pairs)
-
-
-@pytest.mark.parametrize("shares", [(-0.1, 0.0), (0.0, -0.1), (0.6, 0.5)])
-def test_shares_of_a_space_are_shares(shares: tuple[float, float]) -> None:
-    with pytest.raises(NatlibError, match=rf"loose_ends = {shares[0]}, last = {shares[1]}; they"):
-        SpaceConfig(loose_ends=shares[0], last=shares[1])
-
-
 @pytest.mark.parametrize("bad", [{"nodes": ()}, {"nodes": (0,)}, {"degrees": (2, 0)}])
 def test_spaces_without_nodes_or_edges_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(NatlibError, match=rf"{next(iter(bad))} = .* must hold numbers above 0"):
