@@ -40,7 +40,8 @@ from natlib import NatlibError, __version__, zoo
 from natlib.cost import network_cost
 from natlib.files import read_json
 from natlib.genotype import Genotype
-from natlib.macro import MacroConfig
+from natlib.handcrafted import MACROS, ORIGINALS, scaled
+from natlib.macro import BlockMacro, Macro, MacroConfig
 from natlib.network import CellNetwork
 from natlib.policy import CellBatch, GCNConfig, GCNLogits, Policy
 from natlib.primitives import PRIMITIVES
@@ -50,6 +51,7 @@ from natlib.train import accuracies, augmented, sgd, sgd_step
 from natlib.transitions import by_name
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+from tests.plain_network import blocks_forward as plain_blocks_forward
 from tests.plain_network import policy_logits as plain_policy_logits
 from tests.plain_network import supernet_forward as plain_forward
 
@@ -67,7 +69,7 @@ class Size:
     """A setting: the network, images a training step, images a reward."""
 
     name: str
-    macro: MacroConfig
+    macro: Macro
     nodes: int
     batch: int
     reward: int
@@ -79,7 +81,7 @@ class Plan:
 
     quick: bool
     sizes: tuple[Size, ...]  # of the supernet: published first
-    scratch: tuple[Size, ...]
+    scratch: tuple[tuple[str, Size], ...]
     seconds: float = 3.0
     rounds: int = 3
     architectures: int = 4
@@ -115,14 +117,18 @@ def full_plan() -> Plan:
         reduced["supernet"]["batch"],
         reduced["policy"]["reward_images"],
     )
+    width = parameters_at(experiments, "table_1_handcrafted", "reduced")["comparison"]["width"]
+    resnet = scaled(MACROS["ResNet20", "CIFAR-10"], width, 10, size.macro.image_size)
     return Plan(
         quick=False,
         sizes=(Size("published", MacroConfig(channels=20, cells=8), 4, 64, 64), size),
         scratch=(
             # A third of the published batch of 96, to save time. Fewer than 16 would be something
             # else: PyTorch then computes 1x1 convolutions in another way.
-            Size("published", MacroConfig(channels=36, cells=20), 4, 32, 0),
-            replace(size, batch=training["batch"]),
+            ("DARTS", Size("published", MacroConfig(channels=36, cells=20), 4, 32, 0)),
+            ("DARTS", replace(size, batch=training["batch"])),
+            ("ResNet20", Size("published", MACROS["ResNet20", "CIFAR-10"], 4, 32, 0)),
+            ("ResNet20", replace(size, macro=resnet, batch=training["batch"])),
         ),
     )
 
@@ -130,10 +136,15 @@ def full_plan() -> Plan:
 def quick_plan() -> Plan:
     """Every figure in seconds, at sizes that say nothing about speed: for tests."""
     tiny = Size("published", MacroConfig(4, 3, image_size=8), 4, 4, 4)
+    resnet = scaled(MACROS["ResNet20", "CIFAR-10"], 0.25, 10, 8)
     return Plan(
         quick=True,
         sizes=(tiny, replace(tiny, name="reduced", nodes=5)),
-        scratch=(tiny, replace(tiny, name="reduced")),
+        scratch=tuple(
+            (name, replace(tiny, name=size, macro=macro))
+            for name, macro in (("DARTS", tiny.macro), ("ResNet20", resnet))
+            for size in ("published", "reduced")
+        ),
         seconds=0.0,
         rounds=2,
         architectures=1,
@@ -271,7 +282,7 @@ def random_genotypes(nodes: int, count: int) -> list[Genotype]:
     return [SpaceConfig((nodes,)).sample(generator) for _ in range(count)]
 
 
-def made_images(macro: MacroConfig, count: int, plain: bool) -> tuple[Tensor, Tensor]:
+def made_images(macro: Macro, count: int, plain: bool) -> tuple[Tensor, Tensor]:
     """Return noise for images, in the memory format of either version, and labels."""
     generator = torch.Generator().manual_seed(0)
     side = macro.image_size
@@ -308,7 +319,9 @@ def training_steps(
         sgd_step(optimizer, F.cross_entropy(logits, labels), RATE, CLIP)
 
     def literal(genotype: Genotype) -> None:
-        loss = F.cross_entropy(plain_forward(network, images, genotype), labels)
+        blocks = isinstance(size.macro, BlockMacro)
+        forward = plain_blocks_forward if blocks else partial(plain_forward, genotype=genotype)
+        loss = F.cross_entropy(forward(network, images), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
@@ -374,7 +387,7 @@ def rewritings(genotypes: Sequence[Genotype], count: int) -> list[list[Genotype]
     return [[g, *policy.sample([g] * count, generator).genotypes] for g in genotypes]
 
 
-def forward_flops(genotypes: Sequence[Genotype], macro: MacroConfig) -> float:
+def forward_flops(genotypes: Sequence[Genotype], macro: Macro) -> float:
     """Return the operations of a forward pass of one image through each genotype."""
     return 2.0 * sum(network_cost(g, macro).madds for g in genotypes)
 
@@ -554,16 +567,16 @@ def policies(bench: Bench) -> None:
 def scratch(bench: Bench) -> None:
     """Training of a standalone network."""
     plan = bench.plan
-    for size in plan.scratch:
-        for name in ("DARTS", "ResBlock"):
-            genotypes, macro = [zoo.get(name)], size.macro
-            flops = 3 * size.batch * forward_flops(genotypes, macro)
-            note = f"{macro.channels} channels, {macro.cells} cells, {size.batch} images a step"
-            for threads, times, moved in bench.beside(scratch_steps, size, genotypes, threads=(1,)):
-                bench.timed(
-                    "scratch", f"training {name}", size.name, "images/s", times, size.batch,
-                    threads=threads, flops=flops, moved=moved, target=2.0, note=note,
-                )  # fmt: skip
+    for name, size in plan.scratch:
+        genotypes = [ORIGINALS.get(name) or zoo.get(name)]
+        flops = 3 * size.batch * forward_flops(genotypes, size.macro)
+        madds = forward_flops(genotypes, size.macro) / 2e6
+        note = f"{madds:.3g} million multiply-adds an image, {size.batch} images a step"
+        for threads, times, moved in bench.beside(scratch_steps, size, genotypes, threads=(1,)):
+            bench.timed(
+                "scratch", f"training {name}", size.name, "images/s", times, size.batch,
+                threads=threads, flops=flops, moved=moved, target=2.0, note=note,
+            )  # fmt: skip
 
 
 def pipeline(bench: Bench) -> None:

@@ -7,13 +7,16 @@ Nothing here is used to produce results.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from natlib.genotype import INPUTS, Cell, Genotype
+from natlib.macro import BlockMacro, Layer
 from natlib.network import CellNetwork
-from natlib.operations import EPSILON
+from natlib.operations import EPSILON, takes_relu
 from natlib.policy import CellBatch, GCNLogits
 from natlib.primitives import Primitive, primitive
 from natlib.transitions import edge_stride
@@ -98,6 +101,58 @@ def supernet_forward(supernet: CellNetwork, images: Tensor, genotype: Genotype) 
         s1 = _input_layer(last, w, f"cells.{i}.inputs.1", False)
         before, last = last, _run_cell(s0, s1, cell, place.kind, w, f"cells.{i}")
     return F.linear(last.mean((2, 3)), w["classifier.weight"], w["classifier.bias"])
+
+
+def _row(x: Tensor, layers: Iterable[Layer], w: Weights, name: str) -> Tensor:
+    """Apply layers in a row, whose weights are numbered as modules are."""
+    index = 0
+    for layer in layers:
+        if layer.kind == "activation":
+            x = F.relu(x)
+        elif layer.kind == "max_pool":
+            x = F.max_pool2d(x, layer.kernel, layer.stride, layer.padding)
+        elif layer.kind == "avg_pool":
+            x = F.avg_pool2d(x, layer.kernel, layer.stride, layer.padding, count_include_pad=False)
+        else:
+            groups = x.shape[1] if layer.kind == "depthwise" else 1
+            weight = w[f"{name}.{index}.weight"]
+            x = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, groups)
+            if layer.norm:
+                index += 1
+                x = _norm(x, w, f"{name}.{index}")
+        index += 1
+    return x
+
+
+def blocks_forward(network: CellNetwork, images: Tensor) -> Tensor:
+    """Compute what a hand-crafted network without hidden layers computes in training.
+
+    ``images`` (B, C, H, W) in contiguous memory; returns logits (B, classes) with gradients to the
+    network's parameters. Every node has an edge that is not null, none twice; blocks of ResNet.
+    """
+    macro, genotype = network.macro, network.genotype
+    assert isinstance(macro, BlockMacro) and genotype is not None
+    w = {n: p.contiguous() for n, p in network.named_parameters()}
+    before = last = _row(images, macro.stem, w, "stems.0")
+    for i, place in enumerate(macro.positions()):
+        cell = genotype.reduce if place.kind == "reduce" else genotype.normal
+        assert place.block is not None
+        values = [before, last]
+        for group in cell.in_edges:
+            terms = []
+            for e in group:
+                p, x = primitive(e.primitive), values[e.source]
+                if p.kind == "null":
+                    continue
+                layers = place.block.layers(p, e.source, e.target)
+                if layers and takes_relu(p) and e.source >= INPUTS:
+                    x = F.relu(x)
+                key = f"cells.{i}.edges.{e.source}_{e.target}_{e.primitive}"
+                terms.append(_row(x, layers, w, key))
+            values.append(sum(terms[1:], terms[0]))
+        before, last = last, F.relu(values[cell.concat[0]])
+    pooled = _row(last, macro.head, w, "head").mean((2, 3))
+    return F.linear(pooled, w["classifier.weight"], w["classifier.bias"])
 
 
 def policy_logits(logits: GCNLogits, batch: CellBatch) -> Tensor:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from natlib import NatlibError, speed, zoo
 from natlib.cost import edge_cost
+from natlib.handcrafted import MACROS, scaled
 from natlib.macro import MacroConfig
 from natlib.network import CellNetwork
 from natlib.primitives import PRIMITIVES, primitive
@@ -60,7 +61,7 @@ EXPECTED = {
     "policy, forward": [("16 cells a call", 1)],
     "policy, update": [("16 cells a call", 1)],
     "training DARTS": SINGLE,
-    "training ResBlock": SINGLE,
+    "training ResNet20": SINGLE,
     "data: gather, crop, flip, normalise": [("published", 1)],
     "import natlib": [("", 1)],
     "import torch": [("", 1)],
@@ -198,7 +199,13 @@ def test_the_reduced_setting_is_that_of_the_notebooks() -> None:
     assert reduced.macro.channels == entry["macro"]["channels"]
     assert reduced.macro.image_size == entry["images"]["image_size"]
     assert reduced.batch == entry["supernet"]["batch"]
-    assert plan.scratch[0].macro == MacroConfig(36, 20)
+    trained = {(name, size.name): size.macro for name, size in plan.scratch}
+    assert trained["DARTS", "published"] == MacroConfig(36, 20)
+    assert trained["ResNet20", "published"] == MACROS["ResNet20", "CIFAR-10"]
+    table = bench.parameters_at(bench.read_experiments(), "table_1_handcrafted", "reduced")
+    images, width = (table["comparison"][k] for k in ("images", "width"))
+    small = scaled(MACROS["ResNet20", "CIFAR-10"], width, 10, images["image_size"])
+    assert trained["ResNet20", "reduced"] == small
 
 
 def test_a_figure_is_made_from_seconds_operations_and_bytes() -> None:

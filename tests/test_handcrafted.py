@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from natlib import NatlibError, network
 from natlib.cost import Cost, network_cost
 from natlib.genotype import Cell, Genotype
-from natlib.handcrafted import MACROS, ORIGINALS, macro
+from natlib.handcrafted import MACROS, ORIGINALS, macro, scaled
 from natlib.macro import ACTIVATION, BLOCKS, Block, BlockMacro, Layer, Shape, Stage, conv
 from natlib.network import CellNetwork, parameter_count
 from natlib.operations import BatchNorm
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES, primitive
 from natlib.zoo import ZOO
+from tests.plain_network import blocks_forward
 from tests.strategies import all_runs, cells, generator, run_counting
 
 GOLDEN = Path(__file__).parent / "golden" / "handcrafted_costs.csv"
@@ -182,6 +183,27 @@ def plainly(layers: Iterable[Layer], channels: int) -> nn.Sequential:
             if x.norm:
                 modules.append(nn.BatchNorm2d(channels))
     return nn.Sequential(*modules)
+
+
+@pytest.mark.parametrize("name", ["ResBlock", "NAT_ResBlock", "NATv2_ResBlock", "R1"])
+def test_a_network_equals_plain_pytorch_in_logits_and_gradients(name: str) -> None:
+    # R1's cells with one output, in the place of the block.
+    genotype = Genotype(*(Cell(c.edges, (5,)) for _, c in ZOO[name].cells))
+    m = scaled(macro("ResNet20", "CIFAR-10"), 0.5, 5, 16)
+    net = CellNetwork(m, genotype=genotype, generator=generator()).double()
+    images = torch.randn(3, 3, 16, 16, generator=generator(), dtype=torch.float64)
+    weights = list(net.parameters())
+    ours, plain = net(images), blocks_forward(net, images)
+    torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    upstream = torch.randn(3, 5, generator=generator(1), dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(ours, weights, upstream, allow_unused=True),
+        torch.autograd.grad(plain, weights, upstream, allow_unused=True),
+        strict=True,
+    ):
+        # Plain PyTorch computes edges that nothing reads, without effect.
+        zero = torch.zeros(1, dtype=torch.float64)
+        torch.testing.assert_close(zero if a is None else a, zero if b is None else b)
 
 
 SHAPES = (Shape(8, 8), Shape(12, 8), Shape(8, 4))
