@@ -421,6 +421,9 @@ def plot_plane(points: ArrayLike, front: ArrayLike, title: str = "") -> Chart:
     return chart
 
 
+SMALLEST = 0.001
+"""Smaller p-values are not written out."""
+
 # Tables --------------------------------------------------------------------------------------
 
 
@@ -457,7 +460,7 @@ class Table:
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
         if form == "p":
-            return "&lt; 0.001" if value < 0.001 else format(value, ".3f")
+            return f"&lt; {SMALLEST}" if value < SMALLEST else format(value, ".3f")
         if isinstance(value, int | float | np.number):
             return format(value, form)
         # An interval and its n break before or after, not inside.
@@ -656,17 +659,23 @@ class Claim:
 
 
 def scorecard(claims: Sequence[Claim]) -> pd.DataFrame:
-    """Tabulate claims: claim, source, evidence, p, verdict, notebook.
+    """Tabulate claims: claim, source, evidence with p, verdict, notebook.
 
     Verdicts on intervals go by p corrected for all claims of the table (Holm).
     """
     corrected = holm([c.p for c in claims])
-    columns = ["claim", "source", "what we found", "p (Holm)", "verdict", "notebook"]
+    columns = ["claim", "source", "what we found", "verdict", "notebook"]
     rows = [
-        (c.text, c.source, c.words, p, c.verdict(p), c.where)
+        (c.text, c.source, _with_p(c.words, p), c.verdict(p), c.where)
         for c, p in zip(claims, corrected, strict=True)
     ]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _with_p(words: str, p: float) -> str:
+    if math.isnan(p):
+        return words
+    return f"{words}, p\u00a0{'<' if p < SMALLEST else '='}\u00a0{max(p, SMALLEST):.3f}"
 
 
 # Provenance ----------------------------------------------------------------------------------

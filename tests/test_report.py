@@ -399,7 +399,10 @@ def test_a_scorecard_corrects_for_the_number_of_its_claims() -> None:
     exact = report.Claim("a", "b", "c", True)
     assert list(report.scorecard([one, exact]).verdict) == ["holds", "holds"]
     both = report.scorecard([one, one, exact])
-    assert list(both["p (Holm)"][:2]) == pytest.approx([2 * one.p] * 2)
+    assert both["what we found"][0].endswith(f"(n = 5), p\u00a0=\u00a0{2 * one.p:.3f}")
+    assert "p" not in both["what we found"][2]
+    sure = report.Claim("a", "b", "c", report.Interval(2, 1.9, 2.1, 50, 0.1))
+    assert report.scorecard([sure])["what we found"][0].endswith("p\u00a0<\u00a00.001")
     assert list(both.verdict) == ["cannot be decided at this scale"] * 2 + ["holds"]
 
 
