@@ -95,8 +95,9 @@ class Block:
 
         Operations stride and widen as their nodes' shapes demand. A skip that must do so is a 1x1
         convolution (the projection of ResNet), in VGG a 2x2 max pool where it only halves; pooling
-        to other channels is followed by one. In inverted residuals a separable convolution is
-        depthwise only, for the 1x1 convolutions around it are edges of their own.
+        to other channels is followed by one, and no pooling by a batch norm of its own, as VGG's
+        is not, though poolings of DARTS-style cells are. In inverted residuals a separable
+        convolution is depthwise only, for the 1x1 convolutions around it are edges of their own.
         """
         start, end = self.shape(source), self.shape(target)
         stride, k, c = start.size // end.size, p.size, end.channels
