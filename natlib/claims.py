@@ -75,7 +75,7 @@ def _methods(rows: Rows) -> dict[str, dict[str, Mapping[str, Sequence[float]]]]:
 
 
 def mixed(rows: Rows, better: str, worse: str) -> Interval | None:
-    """Mean difference of two methods' test accuracies over the networks that both have; a seed counts once.
+    """Mean difference of test accuracies over the networks that both methods have, by seed.
 
     None where the rows lack one of them.
     """
@@ -129,7 +129,7 @@ def _cells(rows: Rows) -> Iterator[Found]:
 def _improves(
     where: str, what: str, natpp: bool = True, nao: bool = False
 ) -> Callable[[Rows], Iterator[Found]]:
-    """What a table of networks trained from scratch says; of NAT++ and against NAO where it does."""
+    """What a table of networks trained from scratch says, of NAT and, where it does, of others."""
 
     def found(rows: Rows) -> Iterator[Found]:
         names = dict.fromkeys(n.partition(", ")[0] for n in _methods(rows).get("NAT", {}))
