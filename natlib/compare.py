@@ -463,8 +463,8 @@ class Comparison:
     def differences(self, found: Mapping[str, Sequence[Record]] | None = None) -> pd.DataFrame:
         """Every method against the original, network by network, with Holm's correction.
 
-        p-values are those of a paired t test, corrected for all rows of the table; "rewritten" is
-        the share of seeds (%) whose genotype differs from the original. With the records that
+        p-values are those of a paired t test, corrected for all rows of the table; "rewritten" says
+        in how many seeds the genotype differs from the original. With the records that
         ``rewrite`` gave there is a column of what their shared weights promised, empty for methods
         that are not ours.
         """
@@ -473,15 +473,15 @@ class Comparison:
         changes = [self.difference(m, n) for n, m in pairs]
         p = [p_value(i) for i in changes]
         rewritten = [
-            100 * float(np.mean([g != self.networks[n].genotype for g in self.genotypes[m][n]]))
-            for n, m in pairs
+            f"{sum(g != self.networks[n].genotype for g in genotypes)} of {len(genotypes)}"
+            for n, genotypes in ((n, self.genotypes[m][n]) for n, m in pairs)
         ]
         frame = pd.DataFrame(
             {
                 "network": [n for n, _ in pairs],
                 "method": [m for _, m in pairs],
                 "change (points)": [format_interval(i) for i in changes],
-                "rewritten (%)": rewritten,
+                "rewritten": rewritten,
                 "p": p,
                 "p (Holm)": holm(p),
             }
@@ -513,8 +513,8 @@ class Comparison:
                     "method": method,
                     "change (points)": format_interval(self.mixed(method)),
                     "networks improved": f"{len(better)} of {len(names)}",
-                    "params change (%)": 100 * (float(ratios[0]) - 1),
-                    "MAdds change (%)": 100 * (float(ratios[1]) - 1),
+                    "params change (%)": round(100 * (float(ratios[0]) - 1)),
+                    "MAdds change (%)": round(100 * (float(ratios[1]) - 1)),
                 }
             )
         return pd.DataFrame(found)

@@ -136,7 +136,7 @@ def test_differences_are_paired_over_seeds(
         [interval(by_seed).mean, interval(by_seed).low], abs=1e-9
     )
     frame = found.differences()
-    assert len(frame) == 2 and (frame["rewritten (%)"] == 100).all()
+    assert len(frame) == 2 and (frame["rewritten"] == "3 of 3").all()
     assert np.allclose(frame["p (Holm)"], holm(frame["p"]), equal_nan=True)
 
 
@@ -156,7 +156,7 @@ def test_the_summary_counts_improved_networks_and_costs() -> None:
     for name in ("VGG16", "ResNet20"):
         new, old = (found.cost(m, name)[1] for m in ("NAT", ORIGINAL))
         ratios.append(new / old)
-    assert row["MAdds change (%)"] == pytest.approx(100 * (sum(ratios) / 2 - 1))
+    assert row["MAdds change (%)"] == pytest.approx(100 * (sum(ratios) / 2 - 1), abs=0.5)
 
 
 def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
