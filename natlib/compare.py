@@ -320,6 +320,10 @@ class Comparison:
         )
         return paired_difference(old, new)
 
+    def rewritten(self, method: str, network: str) -> list[bool]:
+        """Whether the genotype differs from the original, one a seed."""
+        return [g != self.networks[network].genotype for g in self.genotypes[method][network]]
+
     @property
     def learned(self) -> bool:
         """Whether every original went three tenths of the way from guessing to all right.
@@ -400,9 +404,7 @@ class Comparison:
                 for g in self.genotypes[method][network]
             ]
             row["live MAdds change (%)"] = live
-            row["rewritten"] = [
-                float(g != self.networks[network].genotype) for g in self.genotypes[method][network]
-            ]
+            row["rewritten"] = [float(changed) for changed in self.rewritten(method, network)]
         for method in self.methods:
             groups = [
                 row["change (points)"] for name, row in rows.items() if name.endswith(f", {method}")
@@ -472,16 +474,13 @@ class Comparison:
         pairs = [(n, m) for n, m in self._rows() if m != ORIGINAL]
         changes = [self.difference(m, n) for n, m in pairs]
         p = [p_value(i) for i in changes]
-        rewritten = [
-            f"{sum(g != self.networks[n].genotype for g in genotypes)} of {len(genotypes)}"
-            for n, genotypes in ((n, self.genotypes[m][n]) for n, m in pairs)
-        ]
+        rewritten = [self.rewritten(m, n) for n, m in pairs]
         frame = pd.DataFrame(
             {
                 "network": [n for n, _ in pairs],
                 "method": [m for _, m in pairs],
                 "change (points)": [format_interval(i) for i in changes],
-                "rewritten": rewritten,
+                "rewritten": [f"{sum(changed)} of {len(changed)}" for changed in rewritten],
                 "p": p,
                 "p (Holm)": holm(p),
             }
