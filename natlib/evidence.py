@@ -21,6 +21,10 @@ cost "change (%)", of rank correlations "ρ"; "rewritten" is 1 where a seed's ge
 
 LONG = "extended"
 
+SHARED = "by shared weights"
+HEADS = {"by shared weights (%)": SHARED, "change by shared weights": SHARED}
+"""Columns that no row has both of, shown as one: what tables hold must fit a page."""
+
 
 @dataclass(frozen=True)
 class PageConfig:
@@ -93,20 +97,30 @@ def recorded(page: str, scale: str = LONG) -> Table:
     result = record.result
     shown, p = [], []
     for name, columns in result["rows"].items():
-        count = max(len(values) for values in columns.values())
-        shown.append({"what": name, **{c: _cell(c, v) for c, v in columns.items()}, "n": count})
+        shown.append({"what": name, **{HEADS.get(c, c): _cell(c, v) for c, v in columns.items()}})
         changed = [v for c, v in columns.items() if "change (points)" in c]
         p.append(p_value(interval(changed[0])) if changed else math.nan)
     frame = pd.DataFrame(shown)
+    counts = [max(map(len, columns.values())) for columns in result["rows"].values()]
+    same = len(set(counts)) == 1
+    if not same:
+        frame["n"] = counts
     if not all(map(math.isnan, p)):
         frame["p (Holm)"] = holm(p)
     caption = (
-        f"Recorded at the {scale} scale: {result['about']}. n seeds each; ± and brackets are 95 % "
-        "intervals over them, but changes of cost: the median seed [the least, the greatest]. p by "
-        f"the first change of a row, corrected for all rows. Computing time "
-        f"{duration(result['seconds'])} on {'; '.join(result['machines'])}."
+        f"Recorded at the {scale} scale: {result['about']}. {f'n = {counts[0]}' if same else 'n'} "
+        "seeds each; ± and brackets are 95 % intervals over them, but changes of cost: the median "
+        "seed [the least, the greatest]. p by the first change of a row, corrected for all rows. "
+        f"{_about_shared(frame)}Computing time {duration(result['seconds'])} on "
+        f"{'; '.join(result['machines'])}."
     )
     return Table(frame, caption)
+
+
+def _about_shared(frame: pd.DataFrame) -> str:
+    if SHARED not in frame:
+        return ""
+    return "By shared weights: an original's accuracy (%), a rewriting's change (points). "
 
 
 def beside(page: str, table: pd.DataFrame, here: str, scale: str = LONG) -> pd.DataFrame:

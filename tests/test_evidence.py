@@ -51,14 +51,13 @@ def test_what_is_kept_is_shown_with_its_spread_number_machine_and_time(
     other = evidence.keep("another", "extended", {"x": ranks}, used, "")
     record(tmp_path, kept, other, *used)
     table = evidence.recorded("table")
-    columns = ["what", "top-1 (%)", "n", "change (points)", "rewritten", "MAdds change (%)"]
+    columns = ["what", "top-1 (%)", "change (points)", "rewritten", "MAdds change (%)"]
     assert list(table.frame.columns) == [*columns, "p (Holm)"]
     assert list(table.frame["what"]) == list(ROWS)
-    assert list(table.frame["n"]) == [2, 2]
     # Student's t with one degree of freedom: 12.706 times 0.01.
     assert table.frame["top-1 (%)"][0] == "71.0\u00a0±\u00a012.7"
     assert table.frame["change (points)"][1] == "+2.0 [-10.7, 14.7]"
-    assert "4 trainings. n seeds each" in table.caption
+    assert "4 trainings. n = 2 seeds each" in table.caption
     assert used[0].provenance["cpu"] in table.caption
     assert table.frame["rewritten"][1] == "1 of 2"
     assert table.frame["MAdds change (%)"][1] == "+35 [-20, 90]"
@@ -68,6 +67,30 @@ def test_what_is_kept_is_shown_with_its_spread_number_machine_and_time(
     assert "p (Holm)" not in evidence.recorded("another").frame
     shown = evidence.recorded("another").frame.iloc[0]
     assert (shown["top-1 (%)"], shown["Spearman's ρ"]) == ("50.0", "0.60\u00a0±\u00a01.27")
+
+
+def test_rows_of_other_numbers_of_seeds_say_each_their_own(
+    used: list[Record], tmp_path: Path
+) -> None:
+    rows = {"a": {"top-1 (%)": [0.5, 0.6]}, "b": {"top-1 (%)": [0.5, 0.6, 0.7]}}
+    record(tmp_path, evidence.keep("table", "extended", rows, used, ""))
+    table = evidence.recorded("table")
+    assert list(table.frame["n"]) == [2, 3]
+    assert ". n seeds each" in table.caption
+
+
+def test_what_shared_weights_say_of_original_and_rewriting_is_one_column(
+    used: list[Record], tmp_path: Path
+) -> None:
+    rows = {
+        "VGG16, original": {"by shared weights (%)": [0.3, 0.3]},
+        "VGG16, NAT": {"change by shared weights": [0.1, 0.1]},
+    }
+    record(tmp_path, evidence.keep("table", "extended", rows, used, ""))
+    table = evidence.recorded("table")
+    assert list(table.frame["by shared weights"]) == ["30.0\u00a0±\u00a00.0", "+10.0 [10.0, 10.0]"]
+    assert "an original's accuracy (%), a rewriting's change" in table.caption
+    assert evidence.rows("table") == rows
 
 
 def test_a_page_that_was_not_run_says_so(used: list[Record]) -> None:
