@@ -1,8 +1,10 @@
-"""The papers' claims about accuracy, judged on what pages found here or on our long runs."""
+"""The papers' claims, judged on what pages found here or on our long runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +12,26 @@ from numpy.typing import NDArray
 from natlib.compare import ORIGINAL
 from natlib.evidence import Rows
 from natlib.records import Record
-from natlib.report import Claim, Interval, interval, paired_difference
+from natlib.report import (
+    Claim,
+    Interval,
+    format_interval,
+    interval,
+    paired_difference,
+    rank_correlation,
+)
 from natlib.transitions import TITLES
 
 ACCURACY, CHANGE, MADDS = "top-1 (%)", "accuracy change (points)", "MAdds change (%)"
+BEFORE, SHARED = "before, by shared weights (%)", "shared weights"
+RANKS = "Spearman's ρ with training from scratch"
+RELEASED = ", released"
+
+NEAR = 0.01
+"""Gains that differ by less are alike."""
+
+TELLS = 1.5
+"""So many times what guessing gets is the least that says anything; see ``judge``."""
 
 
 def gain_rows(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
@@ -47,9 +65,7 @@ def derived_rows(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]
     """
     return {
         f"{name}, {TITLES[rule]}": {
-            "before, by shared weights (%)": [
-                float(r.result[name][rule]["before_accuracy"]) for r in records
-            ],
+            BEFORE: [float(r.result[name][rule]["before_accuracy"]) for r in records],
             CHANGE: [
                 float(r.result[name][rule]["accuracy"] - r.result[name][rule]["before_accuracy"])
                 for r in records
@@ -64,12 +80,32 @@ def derived_rows(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]
     }
 
 
-def _methods(rows: Rows) -> dict[str, dict[str, Mapping[str, Sequence[float]]]]:
-    """Rows "network, method" by method, then network; those over all networks left out."""
+def rank_rows(
+    scored: Sequence[Record], trained: Sequence[Sequence[Record]]
+) -> dict[str, dict[str, list[float]]]:
+    """Rows of how shared weights rank architectures against training from scratch.
+
+    ``scored`` are records of kind "score", one a supernet; ``trained`` those of kind "train", for
+    each architecture one a seed. Raises NatlibError on fewer than four architectures.
+    """
+    scratch = np.array([[r.result["report_accuracy"] for r in group] for group in trained])
+    means = scratch.mean(axis=1)
+    return {
+        SHARED: {
+            "accuracy (%)": [float(np.mean(r.result["accuracy"])) for r in scored],
+            RANKS: [rank_correlation(r.result["accuracy"], means).rho for r in scored],
+        },
+        "from scratch": {"accuracy (%)": scratch.mean(axis=0).tolist()},
+    }
+
+
+def by_method(rows: Rows) -> dict[str, dict[str, Mapping[str, Sequence[float]]]]:
+    """Sort rows "network, method" by method, then network; those over all networks left out."""
     found: dict[str, dict[str, Mapping[str, Sequence[float]]]] = {}
     for name, columns in rows.items():
-        network, _, method = name.rpartition(", ")
+        network, _, method = name.removesuffix(RELEASED).rpartition(", ")
         if network != "all networks":
+            method += RELEASED * name.endswith(RELEASED)
             found.setdefault(method, {})[network] = columns
     return found
 
@@ -79,7 +115,7 @@ def mixed(rows: Rows, better: str, worse: str) -> Interval | None:
 
     None where the rows lack one of them.
     """
-    methods = _methods(rows)
+    methods = by_method(rows)
     one, other = methods.get(better, {}), methods.get(worse, {})
     shared = [n for n in one if n in other]
     if not shared:
@@ -90,11 +126,19 @@ def mixed(rows: Rows, better: str, worse: str) -> Interval | None:
     )
 
 
-Found = tuple[str, str, Interval | None]
-"""A claim's text, its source, and the evidence, None where the rows hold none."""
+def _claim(text: str, source: str, evidence: Interval | bool | None, **more: Any) -> Claim:
+    """A claim whose page ``judge`` fills in."""
+    return Claim(text, source, "", evidence, **more)
 
 
-def _policy(rows: Rows) -> Iterator[Found]:
+def _ranking(rows: Rows) -> Iterator[Claim]:
+    """What the supernet's page says of shared weights as a judge."""
+    text = "Shared weights rank architectures better than chance would"
+    known = interval(rows[SHARED][RANKS]) if SHARED in rows else None
+    yield _claim(text, "assumed by both", known, measured="Spearman's ρ", percent=False, digits=2)
+
+
+def _policy(rows: Rows) -> Iterator[Claim]:
     """What the policy's page says: gains on held-out architectures, by shared weights."""
 
     def change(name: str) -> Interval | None:
@@ -106,79 +150,169 @@ def _policy(rows: Rows) -> Iterator[Found]:
         return paired_difference(rows[worse][CHANGE], rows[better][CHANGE])
 
     for t in ("NAT", "NAT++"):
-        text = f"A {t} rewriting (argmax) improves held-out architectures"
-        yield text, f"{t}, Sec. 5", change(f"{t} argmax")
+        text = f"A {t} rewriting (argmax) improves held-out architectures, by shared weights"
+        yield _claim(text, f"{t}, Sec. 5", change(f"{t} argmax"))
     for t, where in (("NAT", "NAT, Table 3"), ("NAT++", "NAT++, Sec. 5")):
-        text = f"Learned {t} transitions beat uniform random ones"
-        yield text, where, beyond(f"{t} sample", f"{t} random")
-    text = "The larger transition set of NAT++ beats NAT (argmax, held-out architectures)"
-    yield text, "NAT++, Sec. 5", beyond("NAT++ argmax", "NAT argmax")
+        text = f"Learned {t} transitions beat uniform random ones, by shared weights"
+        yield _claim(text, where, beyond(f"{t} sample", f"{t} random"))
+    text = "The larger transition set of NAT++ beats NAT (argmax, held-out), by shared weights"
+    yield _claim(text, "NAT++, Sec. 5", beyond("NAT++ argmax", "NAT argmax"))
+
+
+def _savings(rows: Rows) -> Iterator[Claim]:
+    """What the policy's page says of cost."""
     if "NAT++ argmax" in rows:
         cheaper = interval([-v for v in rows["NAT++ argmax"][MADDS]])
-        yield "Learned NAT++ rewritings save MAdds (argmax; percent)", "NAT++, Sec. 3", cheaper
+        yield _claim(
+            "Learned NAT++ rewritings save MAdds (argmax; percent)", "NAT++, Sec. 3", cheaper
+        )
 
 
-def _cells(rows: Rows) -> Iterator[Found]:
+def _cells(rows: Rows) -> Iterator[Claim]:
     """What the page of published cells says, by shared weights."""
-    for t, source in (("NAT", "NAT, Tables 1-2"), ("NAT++", "NAT++, Sec. 5")):
-        found = [columns[CHANGE] for columns in _methods(rows).get(t, {}).values()]
-        text = f"{t} improves published cells (shared weights, mean over cells, by seed)"
-        yield text, source, interval(np.mean(found, axis=0)) if found else None
+    for t, source in (
+        ("NAT", "NAT, Sec. 3.1 (the reward)"),
+        ("NAT++", "NAT++, Eq. 1 (the reward)"),
+    ):
+        found = by_method(rows).get(t, {})
+        text = f"{t} improves published cells ({', '.join(found)}), by shared weights"
+        mean = np.mean([columns[CHANGE] for columns in found.values()], axis=0) if found else None
+        yield _claim(text, source, None if mean is None else interval(mean))
 
 
 def _improves(
     where: str, what: str, natpp: bool = True, nao: bool = False
-) -> Callable[[Rows], Iterator[Found]]:
+) -> Callable[[Rows], Iterator[Claim]]:
     """What a table of networks trained from scratch says, of NAT and, where it does, of others."""
 
-    def found(rows: Rows) -> Iterator[Found]:
-        names = dict.fromkeys(n.partition(", ")[0] for n in _methods(rows).get("NAT", {}))
-        on = f"{what} ({', '.join(names)}), trained from scratch"
-        yield f"NAT improves {on}", f"NAT, {where}", mixed(rows, "NAT", ORIGINAL)
+    def found(rows: Rows) -> Iterator[Claim]:
+        on = f"{what} ({_names(rows, 'NAT')}), trained from scratch"
+        yield _claim(f"NAT improves {on}", f"NAT, {where}", mixed(rows, "NAT", ORIGINAL))
         if natpp:
-            yield f"NAT++ improves {on}", "NAT++, Sec. 5", mixed(rows, "NAT++", ORIGINAL)
+            yield _claim(f"NAT++ improves {on}", "NAT++, Sec. 5", mixed(rows, "NAT++", ORIGINAL))
         if nao:
             text = f"NAT beats NAO at equally many samples, {on}"
-            yield text, f"NAT, {where}", mixed(rows, "NAT", "NAO")
+            yield _claim(text, f"NAT, {where}", mixed(rows, "NAT", "NAO"))
+        for t in ("NAT", "NAT++"):
+            cells = f"{t}{RELEASED}"
+            text = f"The authors' {t} cells beat their originals ({_names(rows, cells)}), "
+            source = f"{t}, {where if t == 'NAT' else 'Sec. 5'}"
+            yield _claim(f"{text}trained from scratch", source, mixed(rows, cells, ORIGINAL))
 
     return found
 
 
-def _learners(rows: Rows) -> Iterator[Found]:
+def _graphs(rows: Rows) -> Iterator[Claim]:
+    """What the table of graphs says."""
+    yield from _improves("Sec. 4.5", "several graphs of one network", natpp=False)(rows)
+    methods = by_method(rows)
+    new, old = methods.get("NAT", {}), methods.get(ORIGINAL, {})
+
+    def gain(graph: str) -> NDArray[np.float64]:
+        names = [n for n in new if n.endswith(f", {graph}")]
+        gains = [np.subtract(new[n][ACCURACY], old[n][ACCURACY]) for n in names]
+        mean: NDArray[np.float64] = np.mean(gains, axis=0)
+        return mean
+
+    graphs = list(dict.fromkeys(n.partition(", ")[2] for n in new if ", " in n))
+    if len(graphs) > 1:
+        first, *others = graphs
+        apart = {g: paired_difference(gain(first), gain(g)) for g in others}
+        near = all(i.low > -NEAR and i.high < NEAR for i in apart.values())
+        far = any(i.low > NEAR or i.high < -NEAR for i in apart.values())
+        said = "; ".join(f"{g} − {first} {format_interval(i)}" for g, i in apart.items())
+        text = f"NAT's gain hardly depends on the graph (within {100 * NEAR:g} point)"
+        yield _claim(text, "NAT, Sec. 4.5", near, measured=said, void=not (near or far))
+
+
+def _names(rows: Rows, method: str) -> str:
+    """The networks that a method has, without their graphs."""
+    names = dict.fromkeys(n.partition(", ")[0] for n in by_method(rows).get(method, {}))
+    return ", ".join(names)
+
+
+def _costs(rows: Rows) -> Iterator[Claim]:
+    """What a table says of costs at the published size."""
+    methods = by_method(rows)
+    for t in ("NAT", "NAT++"):
+        changes = [c for columns in methods.get(t, {}).values() for c in columns[MADDS]]
+        if changes:
+            over = sum(c > 0 for c in changes)
+            text = f"{t} costs no more than its input ({_names(rows, t)})"
+            said = f"{over} of {len(changes)} rewritings cost more MAdds"
+            yield _claim(text, "NAT, Eq. 2", over == 0, measured=said)
+    changes = [c for columns in methods.get("NAO", {}).values() for c in columns[MADDS]]
+    if changes:
+        over = sum(c > 0 for c in changes)
+        yield _claim(
+            f"NAO's networks cost more than their originals ({_names(rows, 'NAO')})",
+            "NAT, Tables 1-2",
+            over == len(changes),
+            measured=f"{over} of {len(changes)} cost more MAdds",
+            void=0 < over < len(changes),
+        )
+
+
+def _learners(rows: Rows) -> Iterator[Claim]:
     """What the table of learners says."""
-    on = ", ".join(_methods(rows).get("Sampling-GCN", {}))
+    on = ", ".join(by_method(rows).get("Sampling-GCN", {}))
     for other in ("Maximum-GCN", "LSTM", "Random Search"):
         text = f"Sampling-GCN beats {other} ({on}), trained from scratch"
-        yield text, "NAT, Table 3", mixed(rows, "Sampling-GCN", other)
+        yield _claim(text, "NAT, Table 3", mixed(rows, "Sampling-GCN", other))
 
 
-JUDGES: dict[str, Callable[[Rows], Iterator[Found]]] = {
+def _faces(rows: Rows) -> Iterator[Claim]:
+    """What the page of faces says."""
+    for t in ("NAT", "NAT++"):
+        if t in rows:
+            text = f"{t} improves face verification (LFW; cells rewritten for objects)"
+            yield _claim(text, "NAT++, Sec. 5", interval(rows[t]["change (points)"]))
+
+
+JUDGES: dict[str, Callable[[Rows], Iterator[Claim]]] = {
+    "03_supernet": _ranking,
     "04_policy": _policy,
     "05_transform": _cells,
     "table_1_handcrafted": _improves("Table 1", "hand-crafted networks", nao=True),
     "table_2_nas": _improves("Table 2", "searched networks", nao=True),
     "table_3_learners": _learners,
-    "table_4_graphs": _improves("Sec. 4.5", "several graphs of one network", natpp=False),
+    "table_4_graphs": _graphs,
     "table_5_random_architectures": _improves("R1-R5", "random architectures"),
     "transfer_cifar100": _improves("Sec. 5", "networks on images that chose nothing"),
+    "faces_lfw": _faces,
 }
-"""Pages whose rows claims are judged on, in the order of the scorecard."""
+"""Pages whose rows claims about accuracy are judged on, in the order of the scorecard."""
+
+COSTS: dict[str, Callable[[Rows], Iterator[Claim]]] = {
+    "04_policy": _savings,
+    "table_1_handcrafted": _costs,
+    "table_2_nas": _costs,
+}
+"""The same for claims about cost, which hold whatever networks have learned."""
 
 
-def judge(pages: Mapping[str, Rows], unlearned: Collection[str] = ()) -> list[Claim]:
-    """Judge the claims of ``JUDGES`` on rows as ``evidence.keep`` takes them.
+def judge(
+    pages: Mapping[str, Rows], unlearned: Collection[str] = (), guessing: float = 0.1
+) -> list[Claim]:
+    """Judge the claims of ``JUDGES`` and ``COSTS`` on rows as ``evidence.keep`` takes them.
 
-    Claims without evidence in the rows are left out; those of pages in ``unlearned``, whose
-    networks learned too little to say anything, are not decided whatever they found.
+    Claims without evidence in the rows are left out. Those about the accuracy of pages in
+    ``unlearned``, whose networks learned too little to say anything, are not decided whatever was
+    found. Cells whose own accuracy by shared weights is below ``TELLS`` times ``guessing`` (0..1)
+    do not count: such weights cannot judge their rewritings.
     """
     found = []
     for page, says in JUDGES.items():
-        for text, source, evidence in says(pages.get(page, {})):
-            if evidence is None:
-                continue
+        rows = {
+            name: columns
+            for name, columns in pages.get(page, {}).items()
+            if np.mean(columns.get(BEFORE, guessing * TELLS)) >= guessing * TELLS
+        }
+        for claim in says(rows):
             if page in unlearned:
-                claim = Claim(text, source, page, None, "the originals learned too little")
-            else:
-                claim = Claim(text, source, page, evidence)
-            found.append(claim)
-    return found
+                said = f"the originals learned too little: {claim.measured}".removesuffix(" ")
+                claim = replace(claim, measured=said, void=True)
+            found.append(replace(claim, where=page))
+        for claim in COSTS[page](rows) if page in COSTS else ():
+            found.append(replace(claim, where=page))
+    return [claim for claim in found if claim.evidence is not None]

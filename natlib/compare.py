@@ -362,6 +362,16 @@ class Comparison:
             "chance": 100 / splits(self.images).classes,
         }
 
+    def _machines(self) -> str:
+        """Which methods were trained on what, where that is not the same for all."""
+        used = {
+            method: ", ".join(sorted({r.provenance["device"] for g in group.values() for r in g}))
+            for method, group in self.records.items()
+        }
+        if len(set(used.values())) == 1:
+            return ""
+        return f"; trained on {'; '.join(f'{name} for {m}' for m, name in used.items())}"
+
     def about(self) -> str:
         """What was trained, in a sentence without its full stop."""
         told = self.told()
@@ -370,7 +380,7 @@ class Comparison:
             f"{self.images.dataset} at {self.images.image_size} pixels, {told['epochs']} epoch(s), "
             f"hand-crafted networks at {self.size.width:g} of their channels, others with "
             f"{self.size.channels} channels and {self.size.cells} cells; accuracy on "
-            f"{self.images.test:,} test images"
+            f"{self.images.test:,} test images{self._machines()}"
         )
 
     def kept(
@@ -499,9 +509,14 @@ class Comparison:
         return frame
 
     def summary(self) -> pd.DataFrame:
-        """Every method over all its networks: the mixed change, networks improved, cost changes."""
+        """Every method over all its networks: the mixed change, networks improved, cost changes.
+
+        p-values are corrected for all methods (Holm). Seeds are a sample here, networks are not:
+        nothing is said of others.
+        """
         found = []
-        for method in self.methods:
+        p = holm([p_value(self.mixed(method)) for method in self.methods])
+        for method, corrected in zip(self.methods, p, strict=True):
             names = list(self.genotypes[method])
             better = [n for n in names if self.difference(method, n).mean > 0]
             ratios = np.array(
@@ -511,6 +526,7 @@ class Comparison:
                 {
                     "method": method,
                     "change (points)": format_interval(self.mixed(method)),
+                    "p (Holm)": corrected,
                     "networks improved": f"{len(better)} of {len(names)}",
                     "params change (%)": round(100 * (float(ratios[0]) - 1)),
                     "MAdds change (%)": round(100 * (float(ratios[1]) - 1)),

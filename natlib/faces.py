@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from natlib import data
+from natlib import data, zoo
+from natlib.compare import ORIGINAL
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import Genotype
@@ -19,6 +21,7 @@ from natlib.network import CellNetwork
 from natlib.records import Record, Run, RunStore
 from natlib.search import settings
 from natlib.train import EVALUATION_BATCH, InMemory, device, fit
+from natlib.transitions import TITLES
 from natlib.verification import verification
 
 RECIPE = 1
@@ -191,3 +194,41 @@ def accuracies(by_seed: Sequence[Sequence[Record]]) -> list[float]:
         folds = [a for record in group for a in record.result["accuracies"]]
         means.append(sum(folds) / len(folds))
     return means
+
+
+def cells(
+    network: str,
+    derived: Mapping[int, Record],
+    rules: Sequence[str],
+    seeds: Sequence[int],
+) -> dict[str, list[Genotype]]:
+    """A published cell as it is and as policies derived it: method, one genotype for each seed.
+
+    ``derived`` are records of kind "derive" by the seed of their supernet.
+    """
+    rewritten = {
+        TITLES[rule]: [
+            Genotype.from_json(derived[seed].result[network][rule]["genotype"]) for seed in seeds
+        ]
+        for rule in rules
+    }
+    return {ORIGINAL: [zoo.get(network)] * len(seeds), **rewritten}
+
+
+def rows(found: Mapping[str, Sequence[Sequence[Record]]]) -> dict[str, dict[str, list[float]]]:
+    """Rows for ``evidence.keep`` of what ``trained`` gives: accuracy, its change, that of MAdds."""
+    accuracy = {method: accuracies(by_seed) for method, by_seed in found.items()}
+    madds = {
+        method: [np.mean([r.result["madds"] for r in group]) for group in by_seed]
+        for method, by_seed in found.items()
+    }
+    kept = {}
+    for method, values in accuracy.items():
+        kept[method] = {"accuracy (%)": values}
+        if method != ORIGINAL:
+            change = np.subtract(values, accuracy[ORIGINAL])
+            kept[method]["change (points)"] = change.tolist()
+            kept[method]["MAdds change (%)"] = (
+                np.divide(madds[method], madds[ORIGINAL]) - 1
+            ).tolist()
+    return kept

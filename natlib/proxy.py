@@ -126,6 +126,21 @@ class Judge:
     gains: tuple[float, ...]
 
 
+def _correlation(space: Space, values: Values, test: Values) -> RankCorrelation:
+    """Rank correlation over what computes differently and has a value."""
+    distinct = np.unique(space.computation, return_index=True)[1]
+    known = distinct[~np.isnan(values[distinct])]
+    return rank_correlation(values[known], test[known])
+
+
+def rank_correlations(records: Sequence[Record], space: Space) -> list[RankCorrelation]:
+    """How each supernet ranks natbench, against test accuracy."""
+    return [
+        _correlation(space, np.array(r.result["accuracy"], dtype=np.float64), space.test)
+        for r in records
+    ]
+
+
 def judges(records: Sequence[Record], space: Space, rule: str) -> dict[str, Judge]:
     """Compare supernets on natbench with what else one might go by.
 
@@ -147,19 +162,15 @@ def judges(records: Sequence[Record], space: Space, rule: str) -> dict[str, Judg
         "params": [(space.params, space.test)],
         "MAdds": [(space.madds, space.test)],
     }
-    distinct = np.unique(space.computation, return_index=True)[1]
     closures = space.closures(space.allowed(by_name(rule, space.primitives)))
-
-    def correlation(values: Values, test: Values) -> RankCorrelation:
-        known = distinct[~np.isnan(values[distinct])]
-        return rank_correlation(values[known], test[known])
 
     def gain(values: Values, test: Values) -> float:
         return float((test[choices(closures, values)] - test).mean())
 
     return {
         name: Judge(
-            tuple(correlation(*pair) for pair in found), tuple(gain(*pair) for pair in found)
+            tuple(_correlation(space, *pair) for pair in found),
+            tuple(gain(*pair) for pair in found),
         )
         for name, found in pairs.items()
     }

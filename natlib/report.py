@@ -94,7 +94,10 @@ REPORTED = Path(__file__).resolve().parent.parent / "paper" / "reported.csv"
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval [low, high], from ``n`` values of deviation ``sd``."""
+    """A mean with its confidence interval [low, high], from ``n`` values of deviation ``sd``.
+
+    ``nonzero`` of them are not zero, where that is known.
+    """
 
     mean: float
     low: float
@@ -102,6 +105,7 @@ class Interval:
     n: int
     sd: float
     confidence: float = 0.95
+    nonzero: int | None = None
 
 
 def _numbers(values: ArrayLike, what: str) -> NDArray[np.float64]:
@@ -123,11 +127,12 @@ def interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
         raise NatlibError(f"confidence {confidence} is not between 0 and 1")
     if len(numbers) == 0:
         raise NatlibError("an interval needs at least one value, got none")
-    if len(numbers) == 1:
-        return Interval(float(numbers[0]), math.nan, math.nan, 1, math.nan, confidence)
+    n, nonzero = len(numbers), int(np.count_nonzero(numbers))
+    if n == 1:
+        return Interval(float(numbers[0]), math.nan, math.nan, 1, math.nan, confidence, nonzero)
     mean, sd = float(numbers.mean()), float(numbers.std(ddof=1))
-    half = float(stats.t.ppf((1 + confidence) / 2, len(numbers) - 1)) * sd / len(numbers) ** 0.5
-    return Interval(mean, mean - half, mean + half, len(numbers), sd, confidence)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * sd / n**0.5
+    return Interval(mean, mean - half, mean + half, n, sd, confidence, nonzero)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -156,8 +161,12 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def p_value(i: Interval) -> float:
-    """Two-sided p of Student's t test that the mean is zero; NaN for a single value."""
-    if i.n < 2:
+    """Two-sided p of Student's t test that the mean is zero.
+
+    NaN for a single value, and where fewer than two are not zero, as for rewritings that changed
+    one network at most: p would then be the same whatever the size of the change.
+    """
+    if i.n < 2 or (i.nonzero is not None and i.nonzero < 2):
         return math.nan
     if i.sd == 0:
         return float(i.mean == 0)
@@ -194,7 +203,8 @@ def interval_table(
 ) -> pd.DataFrame:
     """Tabulate fractions, one a seed, as percent ± half a 95 % interval; too few as a dash.
 
-    ``rows`` maps a row's name to its columns; ``first`` heads the names.
+    ``rows`` maps a row's name to its columns; ``first`` heads the names. The last column, "n", is
+    the number of seeds.
     """
 
     def cell(values: ArrayLike) -> str:
@@ -204,8 +214,12 @@ def interval_table(
         # Not to be broken over lines.
         return f"{100 * i.mean:.{digits}f}\u00a0±\u00a0{100 * (i.high - i.mean):.{digits}f}"
 
+    def seeds(columns: Mapping[str, ArrayLike]) -> str:
+        counts = {len(np.asarray(values)) for values in columns.values()}
+        return ", ".join(str(n) for n in sorted(counts) if n > 1) or "–"
+
     table = [
-        {first: name, **{column: cell(values) for column, values in columns.items()}}
+        {first: name, **{c: cell(v) for c, v in columns.items()}, "n": seeds(columns)}
         for name, columns in rows.items()
     ]
     return pd.DataFrame(table)
@@ -424,6 +438,11 @@ def plot_plane(points: ArrayLike, front: ArrayLike, title: str = "") -> Chart:
 SMALLEST = 0.001
 """Smaller p-values are not written out."""
 
+
+def _p_text(p: float) -> str:
+    return f"<\u00a0{SMALLEST}" if p < SMALLEST else f"{p:.3f}"
+
+
 # Tables --------------------------------------------------------------------------------------
 
 
@@ -460,7 +479,7 @@ class Table:
         if isinstance(value, bool | np.bool_):
             return "yes" if value else "no"
         if form == "p":
-            return f"&lt; {SMALLEST}" if value < SMALLEST else format(value, ".3f")
+            return escape(_p_text(value))
         if isinstance(value, int | float | np.number):
             return format(value, form)
         # An interval and its n break before or after, not inside.
@@ -487,7 +506,8 @@ class Table:
                     mark, text = f' class="{VERDICTS[v][0]}"', f"{VERDICTS[v][1]} {text}"
                 if c == "notebook" and v:
                     # The book's build turns the name into a link that holds on every page.
-                    text = f'<a href="{text}.ipynb">{text}</a>'
+                    broken = text.replace("_", "_<wbr>")
+                    text = f'<a href="{text}.ipynb">{broken}</a>'
                 cells.append(f'<td data-label="{escape(c)}"{mark}>{text}</td>')
             # The line ends keep neighbours apart in the book's search index.
             body.append("<tr>" + "\n".join(cells) + "</tr>")
@@ -621,7 +641,8 @@ class Claim:
     ``text`` is the claim, ``source`` the paper and section, ``where`` the notebook that looked
     into it. ``evidence`` is the interval of a quantity that the claim says is positive (better),
     a boolean where the matter is exact, or None where this scale cannot measure it. ``measured``
-    says the evidence in words; an interval writes itself.
+    says the evidence in words; an interval writes itself. ``void`` evidence is shown and decides
+    nothing.
     """
 
     text: str
@@ -631,14 +652,19 @@ class Claim:
     measured: str = ""
     percent: bool = True
     digits: int = 1
+    void: bool = False
 
     @property
     def p(self) -> float:
-        """Two-sided p of the interval's mean being zero; NaN for other evidence."""
-        return p_value(self.evidence) if isinstance(self.evidence, Interval) else math.nan
+        """Two-sided p of the interval's mean being zero; NaN for other or void evidence."""
+        if self.void or not isinstance(self.evidence, Interval):
+            return math.nan
+        return p_value(self.evidence)
 
     def verdict(self, p: float) -> Verdict:
         """Decide an interval by its sign where ``p``, corrected or not, is below 5 %."""
+        if self.void:
+            return "cannot be decided at this scale"
         if isinstance(self.evidence, Interval):
             if not p < LEVEL:
                 return "cannot be decided at this scale"
@@ -675,7 +701,8 @@ def scorecard(claims: Sequence[Claim]) -> pd.DataFrame:
 def _with_p(words: str, p: float) -> str:
     if math.isnan(p):
         return words
-    return f"{words}, p\u00a0{'<' if p < SMALLEST else '='}\u00a0{max(p, SMALLEST):.3f}"
+    equals = "" if p < SMALLEST else "=\u00a0"
+    return f"{words}, p\u00a0{equals}{_p_text(p)}"
 
 
 # Provenance ----------------------------------------------------------------------------------
@@ -716,12 +743,13 @@ def provenance_footer(records: Iterable[Record], scale: str, data: str = "") -> 
         f"{r.provenance['git'][:10] or 'no git'}{' with changes' if r.provenance['dirty'] else ''}"
         for r in found
     )
+    seconds = sum(float(r.provenance["wall_seconds"]) for r in found)
     memory = max((float(r.provenance["peak_memory_mb"]) for r in found), default=0.0)
     rows = {
         "scale": scale,
         "data": f"{data or '–'}{f' (checksum {sums})' if sums else ''}",
         "results": f"{len(found)} records, seeds {', '.join(map(str, seeds)) or '–'}",
-        "computing time": duration(sum(float(r.provenance["wall_seconds"]) for r in found)),
+        "computing time, summed over processes": duration(seconds),
         "peak memory": f"{memory:,.0f} MB",
         "machine": ", ".join(dict.fromkeys(r.machine for r in found)) or "–",
         "versions": each("Python {python}, torch {torch}, numpy {numpy}"),

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from natlib import claims
-from natlib.claims import CHANGE, MADDS
+from natlib.claims import BEFORE, CHANGE, MADDS
 from natlib.report import scorecard
 
 TABLE = {
     "A, original": {"top-1 (%)": [0.5, 0.6]},
-    "A, NAT": {"top-1 (%)": [0.6, 0.8]},
-    "A, NAO": {"top-1 (%)": [0.5, 0.5]},
+    "A, NAT": {"top-1 (%)": [0.6, 0.8], MADDS: [-0.1, 0.0]},
+    "A, NAO": {"top-1 (%)": [0.5, 0.5], MADDS: [0.1, -0.1]},
     "B, slots, original": {"top-1 (%)": [0.3, 0.3]},
-    "B, slots, NAT": {"top-1 (%)": [0.2, 0.3]},
+    "B, slots, NAT": {"top-1 (%)": [0.2, 0.3], MADDS: [-0.1, 0.0]},
     "all networks, NAT": {"change (points)": [0.0, 0.1]},
 }
 
@@ -58,9 +58,10 @@ def test_each_page_is_judged_by_its_own_claims_and_only_on_what_it_found() -> No
         )
     }
     cells = {
-        "VGG, NAT": {CHANGE: [0.1, 0.1]},
-        "DARTS, NAT": {CHANGE: [-0.1, -0.3]},
-        "DARTS, NAT++": {CHANGE: [0.1, 0.2]},
+        "VGG, NAT": {BEFORE: [0.2, 0.2], CHANGE: [0.1, 0.1]},
+        "DARTS, NAT": {BEFORE: [0.1, 0.2], CHANGE: [-0.1, -0.3]},
+        "DARTS, NAT++": {BEFORE: [0.1, 0.2], CHANGE: [0.1, 0.2]},
+        "ENAS, NAT": {BEFORE: [0.1, 0.19], CHANGE: [0.9, 0.9]},
     }
     learners = {
         "A, Sampling-GCN": {"top-1 (%)": [0.5, 0.6]},
@@ -76,11 +77,13 @@ def test_each_page_is_judged_by_its_own_claims_and_only_on_what_it_found() -> No
         }
     )
     said = {(c.where, c.text): c.evidence for c in found}
-    assert len(said) == len(found) == 6 + 2 + 2 + 1 + 1
+    assert len(said) == len(found) == 6 + 2 + 2 + 2 + 1 + 1
     assert {where for where, _ in said} <= set(claims.JUDGES)
     saved = said["04_policy", "Learned NAT++ rewritings save MAdds (argmax; percent)"]
     assert saved is not None and saved.mean == 0.5  # type: ignore[union-attr]
+    # Shared weights hardly tell ENAS from guessing: it does not count.
     nat = next(c for c in found if c.where == "05_transform" and c.text.startswith("NAT improves"))
+    assert "(VGG, DARTS)" in nat.text
     assert nat.evidence.mean == pytest.approx(-0.05)  # type: ignore[union-attr]
     (lstm,) = (c for c in found if c.where == "table_3_learners")
     assert "LSTM (A)" in lstm.text and lstm.evidence.mean == pytest.approx(-0.05)  # type: ignore[union-attr]
@@ -88,9 +91,57 @@ def test_each_page_is_judged_by_its_own_claims_and_only_on_what_it_found() -> No
     assert "(A, B)" in graphs.text
 
 
-def test_networks_that_learned_nothing_decide_nothing() -> None:
-    found = claims.judge({"table_1_handcrafted": TABLE}, ["table_1_handcrafted"])
-    assert [c.evidence for c in found] == [None, None]
-    assert set(scorecard(found).verdict) == {"cannot be decided at this scale"}
-    assert "learned too little" in found[0].words
+def test_networks_that_learned_nothing_decide_nothing_but_costs() -> None:
+    pages = {"table_1_handcrafted": TABLE}
+    found = claims.judge(pages, ["table_1_handcrafted"])
+    *accuracy, nat, nao = found
+    assert scorecard(accuracy).verdict.tolist() == ["cannot be decided at this scale"] * 2
+    assert accuracy[0].words.startswith("the originals learned too little: +5.0 [")
+    assert np.isnan([c.p for c in accuracy]).all()
+    assert not np.isnan(claims.judge(pages)[1].p)
+    assert (nat.verdict(1), nat.measured) == ("holds", "0 of 4 rewritings cost more MAdds")
+    assert (nao.verdict(1), nao.measured) == (
+        "cannot be decided at this scale", "1 of 2 cost more MAdds",
+    )  # fmt: skip
     assert claims.judge({}) == []
+
+
+def test_released_cells_are_a_method_of_their_own() -> None:
+    rows = {
+        "DARTS, original": {"top-1 (%)": [0.5, 0.6]},
+        "DARTS, NAT, released": {"top-1 (%)": [0.6, 0.8]},
+    }
+    assert claims.by_method(rows)["NAT, released"].keys() == {"DARTS"}
+    (claim,) = claims.judge({"table_2_nas": rows})
+    assert claim.text == "The authors' NAT cells beat their originals (DARTS), trained from scratch"
+    assert claim.evidence.mean == pytest.approx(0.15)  # type: ignore[union-attr]
+
+
+def test_whether_the_graph_matters_is_decided_by_a_point() -> None:
+    def verdict(gains: list[float], spread: float) -> str:
+        rows: dict[str, dict[str, list[float]]] = {}
+        for graph, gain in zip(("published", "nearest", "slots"), gains, strict=True):
+            rows[f"VGG16, {graph}, original"] = {"top-1 (%)": [0.5, 0.5, 0.5]}
+            found = [0.5 + gain, 0.5 + gain + spread, 0.5 + gain - spread]
+            shown = found if graph == "slots" else [found[0]] * 3
+            rows[f"VGG16, {graph}, NAT"] = {"top-1 (%)": shown, MADDS: [0.0] * 3}
+        claim = claims.judge({"table_4_graphs": rows})[-1]
+        assert "slots − published" in claim.measured
+        return claim.verdict(1)
+
+    assert verdict([0.02, 0.021, 0.02], 0.001) == "holds"
+    assert verdict([0.02, 0.02, 0.05], 0.001) == "does not hold"
+    assert verdict([0.02, 0.02, 0.02], 0.02) == "cannot be decided at this scale"
+
+
+def test_shared_weights_that_rank_are_judged_by_supernet() -> None:
+    def records(*values: list[float]) -> Any:
+        return [SimpleNamespace(result={"accuracy": v, "report_accuracy": v[0]}) for v in values]
+
+    scored = records([0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.4, 0.3])
+    trained = [records([v], [v + 0.1]) for v in (0.5, 0.6, 0.7, 0.8)]
+    rows = claims.rank_rows(scored, trained)
+    assert rows["shared weights"][claims.RANKS] == pytest.approx([1, -1, 0.8])
+    assert rows["from scratch"]["accuracy (%)"] == pytest.approx([0.65, 0.75])
+    (claim,) = claims.judge({"03_supernet": rows})
+    assert claim.words.startswith("Spearman's ρ +0.27 [")

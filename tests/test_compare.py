@@ -42,8 +42,10 @@ TABLE = "Table 1 (hand-crafted)"
 accuracies = st.lists(st.floats(0, 1), min_size=3, max_size=3)
 
 
-def by_hand(values: dict[tuple[str, str], list[float]], changed: bool = True) -> Comparison:
-    """A comparison of VGG16, ResNet20 with given test accuracies, without training."""
+def by_hand(
+    values: dict[tuple[str, str], list[float]], changed: bool = True, device: str = "cpu"
+) -> Comparison:
+    """A comparison of VGG16, ResNet20 with given test accuracies; rewritings ran on ``device``."""
     names = dict.fromkeys(n for _, n in values)
     published = {n: macro(n, "CIFAR-10") for n in names}
     networks = {n: Network(ORIGINALS[n], published[n], published[n]) for n in names}
@@ -54,12 +56,12 @@ def by_hand(values: dict[tuple[str, str], list[float]], changed: bool = True) ->
         if method != ORIGINAL and changed:
             genotype = genotype.with_primitives(["null"] * len(genotype.primitives))
         genotypes.setdefault(method, {})[name] = [genotype] * len(given_values)
+        trained_on = {"device": "cpu" if method == ORIGINAL else device}
         records.setdefault(method, {})[name] = [
-            Record(
-                "train", f"{method} {name} {i}", 1, {}, "", {}, {"test_accuracy": v}, {}, {}, Path()
-            )
+            Record("train", f"{method} {name} {i}", 1, {}, "", {}, {"test_accuracy": v}, {},
+                   trained_on, Path())
             for i, v in enumerate(given_values)
-        ]
+        ]  # fmt: skip
     return Comparison(networks, (0, 1, 2), genotypes, records, SIZE, DATA)
 
 
@@ -79,6 +81,12 @@ def test_a_page_is_told_sizes_and_the_range_of_the_originals(made_images: None) 
     assert (told["seeds"], told["trainings"]) == (3, 9)
     sizes = {"train": 48, "side": 8, "epochs": 1, "width": 0.125, "channels": 8, "cells": 2}
     assert {name: told[name] for name in sizes} == sizes
+
+
+def test_methods_trained_on_different_devices_are_named(made_images: None) -> None:
+    values = {(ORIGINAL, "VGG16"): [0.2, 0.3], ("NAT", "VGG16"): [0.3, 0.4]}
+    assert by_hand(values).about().endswith("test images")
+    assert by_hand(values, device="H").about().endswith("; trained on cpu for original; H for NAT")
 
 
 # Statistics ----------------------------------------------------------------------------------
@@ -103,16 +111,21 @@ def test_holm_never_lowers_p_and_leaves_out_what_is_unknown(p: list[float]) -> N
     assert np.array_equal(with_unknown[1:-1], corrected)
 
 
-@given(st.lists(st.integers(-50, 50), min_size=2, max_size=10).filter(lambda v: len({*v}) > 1))
+@given(
+    st.lists(st.integers(-50, 50), min_size=2, max_size=10).filter(
+        lambda v: len({*v}) > 1 < np.count_nonzero(v)
+    )
+)
 def test_p_values_are_those_of_a_t_test(values: list[int]) -> None:
     expected = stats.ttest_1samp(np.array(values) / 100, 0).pvalue
     assert p_value(interval(np.array(values) / 100)) == pytest.approx(expected)
 
 
 def test_p_values_without_spread() -> None:
-    assert p_value(interval([0.0, 0.0])) == 1
     assert p_value(interval([0.1, 0.1])) == 0
-    assert math.isnan(p_value(interval([0.1])))
+    # A single value, nothing changed, one of three changed (always 0.423).
+    for values in ([0.1], [0.0, 0.0], [0.0, 0.0, 0.2]):
+        assert math.isnan(p_value(interval(values)))
 
 
 @given(accuracies, accuracies, accuracies, accuracies)
@@ -145,13 +158,15 @@ def test_the_summary_counts_improved_networks_and_costs() -> None:
         {
             (ORIGINAL, "VGG16"): [0.5, 0.5, 0.5],
             (ORIGINAL, "ResNet20"): [0.5, 0.5, 0.5],
-            ("NAT", "VGG16"): [0.6, 0.7, 0.5],
+            ("NAT", "VGG16"): [0.6, 0.7, 0.6],
             ("NAT", "ResNet20"): [0.4, 0.5, 0.5],
         }
     )
     (row,) = found.summary().to_dict("records")
     assert row["networks improved"] == "1 of 2"
     assert "n = 3" in row["change (points)"]
+    # One method: nothing to correct for.
+    assert row["p (Holm)"] == p_value(found.mixed("NAT")) > 0
     ratios = []
     for name in ("VGG16", "ResNet20"):
         new, old = (found.cost(m, name)[1] for m in ("NAT", ORIGINAL))

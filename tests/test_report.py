@@ -283,7 +283,7 @@ def test_p_values_are_written_as_such() -> None:
     frame = pd.DataFrame({"what": list("abcd"), "p": [1e-9, 0.04, 1.0, float("nan")]})
     frame["p (Holm)"] = frame["p"]
     shown = re.findall(r"<td[^>]*>([^<]*)</td>", report.Table(frame)._repr_html_())
-    written = ["&lt; 0.001", "0.040", "1.000", "–"]
+    written = ["&lt;\u00a00.001", "0.040", "1.000", "–"]
     assert shown == [cell for name, p in zip("abcd", written, strict=True) for cell in (name, p, p)]
 
 
@@ -389,7 +389,7 @@ def test_verdict_follows_from_the_evidence(
     assert frame["what we found"][0].startswith("seen")
     html = report.Table(frame, stacked=True)._repr_html_()
     assert f"{report.VERDICTS[verdict][1]} {verdict}" in html
-    assert '<a href="04_policy.ipynb">04_policy</a>' in html
+    assert '<a href="04_policy.ipynb">04_<wbr>policy</a>' in html
 
 
 def test_a_scorecard_corrects_for_the_number_of_its_claims() -> None:
@@ -425,7 +425,7 @@ def test_footer_sums_time_once_a_record_and_lists_what_differs() -> None:
     values = dict(zip(frame.what, frame.value, strict=True))
     assert values["data"] == "CIFAR-10 (checksum ffffffffffff)"
     assert values["results"] == "2 records, seeds 3, 4"
-    assert values["computing time"] == "1 min 10 s"
+    assert values["computing time, summed over processes"] == "1 min 10 s"
     assert values["versions"].count("torch") == 2
     assert values["code"] == "0123456789 with changes"
     assert values["peak memory"] == "1,234 MB"
@@ -454,7 +454,10 @@ def test_tables_and_words_of_values_by_seed() -> None:
     values = [0.10, 0.12, 0.14]
     half = report.interval(values).high - 0.12
     frame = report.interval_table({"a": {"x": values, "y": []}, "b": {"x": [0.5], "y": values}})
-    assert list(frame.columns) == ["method", "x", "y"]
+    assert list(frame.columns) == ["method", "x", "y", "n"]
+    assert frame.n.tolist() == ["3", "3"]
+    counted = report.interval_table({"a": {"x": values, "y": values[:2]}, "b": {"x": [0.5]}})
+    assert counted.n.tolist() == ["2, 3", "–"]
     assert frame.x.tolist() == [f"12.00\u00a0±\u00a0{100 * half:.2f}", "–"]
     assert frame.y.tolist() == ["–", f"12.00\u00a0±\u00a0{100 * half:.2f}"]
     assert report.measured(values).startswith("+12.0 [")
