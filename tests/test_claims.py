@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from natlib import claims
+from natlib import claims, evidence
 from natlib.claims import BEFORE, CHANGE, MADDS
 from natlib.report import scorecard
 
@@ -145,3 +146,13 @@ def test_shared_weights_that_rank_are_judged_by_supernet() -> None:
     assert rows["from scratch"]["accuracy (%)"] == pytest.approx([0.65, 0.75])
     (claim,) = claims.judge({"03_supernet": rows})
     assert claim.words.startswith("Spearman's ρ +0.27 [")
+
+
+def test_the_readme_shows_what_the_long_runs_say() -> None:
+    card = scorecard(claims.judge({page: evidence.rows(page) for page in claims.JUDGES}))
+    lines = ["| claim | found | verdict |", "|---|---|---|"]
+    for row in card.itertuples():
+        lines.append(f"| {row.claim} | {row[3]} | {row.verdict} |".replace("\u00a0", " "))
+    expected = "\n".join(lines)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert expected in readme, f"README.md should show\n{expected}"
