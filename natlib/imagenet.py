@@ -190,9 +190,12 @@ class ImageNet:
             drop_last=drop_last,
             # Else the loader draws from the global generator.
             generator=torch.Generator().manual_seed(0),
+            # From pinned memory a transfer goes on beside the computation.
+            pin_memory=where.type == "cuda",
         )
         for images, labels in loader:
-            yield data.normalise(images.to(where), MEAN, STD), labels.to(where)
+            images, labels = (t.to(where, non_blocking=True) for t in (images, labels))
+            yield data.normalise(images, MEAN, STD), labels
 
 
 @torch.no_grad()

@@ -366,6 +366,13 @@ class ConvBN(nn.Module):
         return out
 
 
+class ReLU(nn.Module):
+    """ReLU of a value that nothing else needs: in its place, where no gradient is recorded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=not (torch.is_grad_enabled() or traced()))
+
+
 class FactorizedReduction(nn.Module):
     """Halve the resolution by two 1x1 convolutions of stride 2, one shifted by a pixel.
 
@@ -446,7 +453,7 @@ def build(p: Primitive, channels: int, stride: int, shared: bool) -> nn.Module |
     if p.kind == "sep_conv":
         first = ConvBN(c, shared, Conv(c, c, k, (stride, stride), groups=c), Conv(c, c))
         second = ConvBN(c, shared, Conv(c, c, k, groups=c), Conv(c, c))
-        return nn.Sequential(first, nn.ReLU(), second)
+        return nn.Sequential(first, ReLU(), second)
     if p.factorized:
         # One axis is strided in each of the two, as in NAONet.
         one, two = ((1, stride), (stride, 1)) if k[0] == 1 else ((stride, 1), (1, stride))
@@ -469,7 +476,7 @@ def average_pool(x: Tensor, k: int, stride: int) -> Tensor:
     if traced():
         return F.avg_pool2d(x, k, stride, pad, count_include_pad=False)
     weight, share = _average_weights(c, k, x.shape[2], x.shape[3], stride, x.dtype, x.device)
-    return F.conv2d(x, weight, None, stride, pad, 1, c) * share
+    return F.conv2d(x, weight, None, stride, pad, 1, c).mul_(share)
 
 
 @lru_cache(maxsize=128)

@@ -193,6 +193,32 @@ def test_weights_are_what_the_cost_formula_counts(name: str, stride: int, shared
         assert sum(s.numel() for s in shapes if len(s) == 1) == 2 * norms * channels
 
 
+def test_a_relu_takes_the_place_of_its_input_only_without_gradients() -> None:
+    x = torch.tensor([[-1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    out = operations.ReLU()(x * 1)
+    out.sum().backward()
+    assert out.tolist() == [[0, 2]] and x.grad.tolist() == [[0, 1]]  # type: ignore[union-attr]
+    value = torch.tensor([[-1.0, 2.0]])
+    with torch.no_grad():
+        assert operations.ReLU()(value) is not None and value.tolist() == [[0, 2]]
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("size", [3, 5])
+def test_a_separable_convolution_leaves_its_input_and_is_the_same_without_gradients(
+    stride: int, size: int
+) -> None:
+    op = build(primitive(f"sep_conv_{size}x{size}"), 4, stride, shared=True)
+    assert op is not None
+    fill(op)
+    x = normal(2, 4, 6, 6, seed=1).float()
+    before = x.clone()
+    trained = op(x)
+    with torch.no_grad():
+        assert torch.equal(op(x), trained)
+    assert torch.equal(x, before)
+
+
 # --- pooling -----------------------------------------------------------------------------------
 
 sides = st.integers(1, 11)

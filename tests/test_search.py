@@ -348,6 +348,25 @@ def learner(rule: str = "natpp", lr: float = 0.0) -> tuple[Policy, torch.optim.O
     return policy, torch.optim.SGD(policy.logits.parameters(), lr=lr)
 
 
+def test_the_fused_optimizer_of_policies_is_the_plain_one() -> None:
+    learned = []
+    for fused in (True, False):
+        policy, _ = learner()
+        assert isinstance(policy.logits, nn.Module)
+        weights = list(policy.logits.double().parameters())
+        optimizer = torch.optim.Adam(
+            weights, lr=0.01, betas=(0.5, 0.999), weight_decay=5e-4, fused=fused
+        )
+        draw = generator(3)
+        for _ in range(5):
+            for w in weights:
+                w.grad = torch.randn(w.shape, generator=draw, dtype=w.dtype)
+            optimizer.step()
+        learned.append(weights)
+    for one, other in zip(*learned, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
 def step(policy: Policy, optimizer: torch.optim.Optimizer, reward: Any, **given: Any) -> Any:
     arguments: dict[str, Any] = {
         "inputs": random_genotypes(3),
