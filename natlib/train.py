@@ -116,11 +116,13 @@ def splits(config: DataConfig) -> Splits:
 
     Raises NatlibError if the data set cannot be had or is too small for the sizes asked for.
     """
-    whole = data.load(config.dataset, "train").resized(config.image_size)
+    whole = data.load(config.dataset, "train")
     sizes = {"train": config.train, "search": config.search, "report": config.report}
     parts = data.partition(whole, sizes, config.seed)
-    test = data.load(config.dataset, "test").resized(config.image_size)
+    test = data.load(config.dataset, "test")
     parts |= data.partition(test, {"test": config.test}, config.seed)
+    # Cut first: every process does this, and parts are often a fraction of what there is.
+    parts = {name: images.resized(config.image_size) for name, images in parts.items()}
     mean, std = data.statistics(parts["train"])
     where = device()
 

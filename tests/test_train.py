@@ -125,6 +125,11 @@ def test_the_split_follows_its_seed_and_the_checksum_what_is_in_it() -> None:
 def test_images_may_be_smaller() -> None:
     parts = splits(replace(DATA, image_size=4))
     assert parts.train.raw.shape == (48, 3, 4, 4)
+    # Cut, then made smaller; the other way round it would be the same.
+    smaller = made.load("made", "train").resized(4)
+    sizes = {"train": 48, "search": 40, "report": 36}
+    for name, images in data.partition(smaller, sizes, DATA.seed).items():
+        assert torch.equal(getattr(parts, name).raw.cpu(), images.images)
     assert macro_for(replace(DATA, image_size=4), 6, 5) == MacroConfig(6, 5, 4, 4, 3)
 
 
