@@ -52,6 +52,14 @@ def label(figure: Mapping[str, Any]) -> str:
     return f"{figure['name']}{size}" + (", 2 threads" if figure["threads"] == 2 else "")
 
 
+def _target(figure: Mapping[str, Any]) -> str:
+    """The target of a figure's ratio, and whether it is met."""
+    if not figure["target"]:
+        return "–"
+    met = figure["ratio"]["median"] >= figure["target"]
+    return f"≥\u00a0{figure['target']:g}\u00a0{'✓' if met else '✗'}"
+
+
 def speed_table(bench: Bench, here: Bench | None = None) -> pd.DataFrame:
     """Tabulate all figures: ours and plain with quartiles, their ratio, and its target.
 
@@ -65,7 +73,7 @@ def speed_table(bench: Bench, here: Bench | None = None) -> pd.DataFrame:
             "ours": _spread(f["ours"], f" {f['unit']}"),
             "plain": _number(f["plain"]["median"]) if f["plain"] else "–",
             "times better": _spread(f["ratio"]) if f["ratio"] else "–",
-            "target": f"≥ {f['target']:g}" if f["target"] else "–",
+            "target": _target(f),
         }
         if here is not None:
             other = others.get(label(f))

@@ -131,6 +131,11 @@ def test_tables_and_pictures_show_all_of_it(quick: tuple[dict[str, Any], str, Pa
     assert read == content
     table = speed.speed_table(read)
     assert len(set(table["what"])) == len(table) == len(read["figures"])
+    for figure, shown in zip(read["figures"], table["target"], strict=True):
+        if target := figure["target"]:
+            assert shown.endswith("✓" if figure["ratio"]["median"] >= target else "✗")
+        else:
+            assert shown == "–"
     beside = speed.speed_table(read, here={**read, "figures": read["figures"][:1]})
     assert list(beside["here"][1:]) == ["–"] * (len(table) - 1)
     assert beside["here"][0] == beside["ours"][0]
