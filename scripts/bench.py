@@ -259,19 +259,48 @@ class Bench:
         make: Callable[[Size, Sequence[Genotype], bool], list[Work]],
         size: Size,
         genotypes: Sequence[Genotype],
-        threads: Sequence[int] = (),
-    ) -> Iterator[tuple[int, dict[str, list[float]], dict[str, int]]]:
-        """Time what ``make`` returns for ours and plain; yield threads, seconds, bytes moved."""
+    ) -> Iterator[tuple[int, dict[str, list[float]], dict[str, int], str]]:
+        """Time what ``make`` returns for ours and plain; yield threads, seconds, bytes moved, how.
+
+        On two cores ours is tried by two processes with a thread each, too, as notebooks work.
+        """
         plan = self.plan
         torch.set_num_threads(1)
         ours = make(size, genotypes, False)
-        with Elsewhere(make, size, genotypes, True) as plain:
-            works = {"ours": ours, "plain": plain.works}
+        with (
+            Elsewhere(make, size, genotypes, True) as plain,
+            Elsewhere(make, size, genotypes, False, usual_memory=False) as other,
+        ):
             moved = {"ours": traffic(ours), "plain": plain.traffic()}
-            for count in threads or plan.threads:
+
+            def both(k: int) -> None:
+                torch.set_num_threads(1)
+                other.begin(k)
+                ours[k]()
+                other.finish()
+                plan.set_threads(2)
+
+            for count in plan.threads:
                 plan.set_threads(count)
                 plain.set_threads(torch.get_num_threads())
-                yield count, alternate(works, plan.seconds, plan.rounds), moved
+                works = {"ours": ours, "plain": plain.works}
+                how = ""
+                if count == 2:
+                    works["workers"] = [partial(both, k) for k in range(len(ours))]
+                    works["workers"][0]()
+                times = alternate(works, plan.seconds, plan.rounds)
+                if count == 2:
+                    how = better_on_two(times)
+                yield count, times, moved, how
+
+
+def better_on_two(times: dict[str, list[float]]) -> str:
+    """Let "ours" be the better of itself and of "workers", who do twice as much; say which."""
+    workers = [t / 2 for t in times.pop("workers")]
+    faster = Spread.of(workers).median < Spread.of(times["ours"]).median
+    if faster:
+        times["ours"] = workers
+    return "; ours: " + ("two processes, a thread each" if faster else "one process, two threads")
 
 
 # Networks, images and steps ------------------------------------------------------------------
@@ -402,11 +431,11 @@ def supernet(bench: Bench) -> None:
     for size in plan.sizes:
         genotypes = random_genotypes(size.nodes, plan.architectures)
         flops = 3 * size.batch * forward_flops(genotypes, size.macro)
-        for threads, times, moved in bench.beside(training_steps, size, genotypes):
+        for threads, times, moved, how in bench.beside(training_steps, size, genotypes):
             bench.timed(
                 "supernet", "supernet training step", size.name, "images/s", times,
                 size.batch * len(genotypes), threads=threads, flops=flops, moved=moved, target=2.0,
-                note=f"{len(genotypes)} random architectures, {size.batch} images a step",
+                note=f"{len(genotypes)} random architectures, {size.batch} images a step{how}",
             )  # fmt: skip
 
 
@@ -417,12 +446,12 @@ def rewards(bench: Bench) -> None:
         inputs = random_genotypes(size.nodes, plan.architectures)
         genotypes = [g for pair in rewritings(inputs, 1) for g in pair]
         flops = size.reward * forward_flops(genotypes, size.macro)
-        for threads, times, moved in bench.beside(reward_evaluations, size, genotypes):
+        for threads, times, moved, how in bench.beside(reward_evaluations, size, genotypes):
             bench.timed(
                 "rewards", "reward evaluation", size.name, "images/s", times,
                 size.reward * plan.architectures, threads=threads, flops=flops, moved=moved,
                 target=3.5,
-                note=f"{size.reward} images a reward, an architecture and a rewriting on each",
+                note=f"{size.reward} images a reward, an architecture and a rewriting on each{how}",
             )  # fmt: skip
 
 
@@ -465,12 +494,7 @@ def derive(bench: Bench) -> None:
                 times["plain"] = [t * each / plain_each * count / fewer for t in times["plain"]]
                 note = f"one of 11; 10,000 images; measured on {count} (plain on {fewer}), scaled"
                 if threads == 2:
-                    # Two processes score two candidates in that time.
-                    workers = [t / 2 for t in times.pop("workers")]
-                    faster = Spread.of(workers).median < Spread.of(times["ours"]).median
-                    times["ours"] = workers if faster else times["ours"]
-                    how = "two processes, a thread each" if faster else "one process, two threads"
-                    note += f"; ours: {how}"
+                    note += better_on_two(times)
                 bench.timed(
                     "derive", "derive, one candidate", size.name, "s", times,
                     len(families) * count / CANDIDATE, threads=threads, flops=flops, moved=moved,
@@ -573,10 +597,10 @@ def scratch(bench: Bench) -> None:
         flops = 3 * size.batch * forward_flops(genotypes, size.macro)
         madds = forward_flops(genotypes, size.macro) / 2e6
         note = f"{madds:.3g} million multiply-adds an image, {size.batch} images a step"
-        for threads, times, moved in bench.beside(scratch_steps, size, genotypes, threads=(1,)):
+        for threads, times, moved, how in bench.beside(scratch_steps, size, genotypes):
             bench.timed(
                 "scratch", f"training {name}", size.name, "images/s", times, size.batch,
-                threads=threads, flops=flops, moved=moved, target=2.0, note=note,
+                threads=threads, flops=flops, moved=moved, target=2.0, note=note + how,
             )  # fmt: skip
 
 

@@ -224,16 +224,21 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
 class Elsewhere:
     """Works that a process of its own does, one at a time and only when asked.
 
-    ``make`` returns the works, given ``arguments``, in that process, whose C library hands freed
-    memory back as it does by itself: natlib has that changed (``keep_freed_memory``), and what is
-    measured beside it must not profit. Use it as a context manager.
+    ``make`` returns the works, given ``arguments``, in that process. With ``usual_memory`` its C
+    library hands freed memory back as it does by itself: natlib has that changed
+    (``keep_freed_memory``), and what is measured beside it must not profit. Use it as a context
+    manager.
     """
 
-    def __init__(self, make: Callable[..., Sequence[Work]], *arguments: Any) -> None:
+    def __init__(
+        self, make: Callable[..., Sequence[Work]], *arguments: Any, usual_memory: bool = True
+    ) -> None:
         context = forkserver(*IMPORTED)
         self._here, there = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(there, make, arguments, torch.get_num_threads()), daemon=True
+            target=_serve,
+            args=(there, make, arguments, torch.get_num_threads(), usual_memory),
+            daemon=True,
         )
         self._process.start()
         there.close()
@@ -246,6 +251,14 @@ class Elsewhere:
     def traffic(self) -> int:
         """Return ``traffic`` of all works."""
         return self._ask("traffic")
+
+    def begin(self, work: int) -> None:
+        """Start a work there; nothing else may be asked before ``finish``."""
+        self._here.send(work)
+
+    def finish(self) -> None:
+        """Wait until the work that began is done."""
+        self._receive()
 
     def __enter__(self) -> Elsewhere:
         return self
@@ -266,10 +279,15 @@ class Elsewhere:
 
 
 def _serve(
-    pipe: Connection, make: Callable[..., Sequence[Work]], arguments: Sequence[Any], threads: int
+    pipe: Connection,
+    make: Callable[..., Sequence[Work]],
+    arguments: Sequence[Any],
+    threads: int,
+    usual_memory: bool,
 ) -> None:
     """Do works as asked: a number from 0 is a work, one below 0 sets the threads."""
-    patch("natlib.network.keep_freed_memory").start()
+    if usual_memory:
+        patch("natlib.network.keep_freed_memory").start()
     torch.set_num_threads(threads)
     works = make(*arguments)
     pipe.send(len(works))

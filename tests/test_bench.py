@@ -49,10 +49,32 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str
     return json.loads((runs / "bench.json").read_text()), done.stdout, runs / "bench.json"
 
 
+def test_on_two_cores_the_better_way_counts() -> None:
+    times = {"ours": [1.0, 1.2, 1.1], "plain": [3.0] * 3, "workers": [1.8, 2.0, 1.6]}
+    assert bench.better_on_two(times).endswith("two processes, a thread each")
+    assert times == {"ours": [0.9, 1.0, 0.8], "plain": [3.0] * 3}
+    times = {"ours": [1.0, 1.2, 1.1], "workers": [2.4, 2.4, 2.4]}
+    assert bench.better_on_two(times).endswith("one process, two threads")
+    assert times == {"ours": [1.0, 1.2, 1.1]}
+
+
+def _works() -> list[Callable[[], None]]:
+    return [lambda: None]
+
+
+def test_a_process_beside_works_while_it_is_not_waited_for() -> None:
+    with measure.Elsewhere(_works, usual_memory=False) as other:
+        other.begin(0)
+        other.finish()
+        other.works[0]()
+        with pytest.raises(NatlibError, match="has ended"):
+            other.begin(1)  # there is no such work: the process fails
+            other.finish()
+
+
 # --- the quick run --------------------------------------------------------------------------------
 
 BOTH = [(size, threads) for size in ("published", "reduced") for threads in (1, 2)]
-SINGLE = [("published", 1), ("reduced", 1)]
 EXPECTED = {
     "peak memory, supernet training step": [("published", 1)],
     "supernet training step": BOTH,
@@ -60,8 +82,8 @@ EXPECTED = {
     "derive, one candidate": BOTH,
     "policy, forward": [("16 cells a call", 1)],
     "policy, update": [("16 cells a call", 1)],
-    "training DARTS": SINGLE,
-    "training ResNet20": SINGLE,
+    "training DARTS": BOTH,
+    "training ResNet20": BOTH,
     "data: gather, crop, flip, normalise": [("published", 1)],
     "import natlib": [("", 1)],
     "import torch": [("", 1)],
