@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from natlib.compare import ORIGINAL
 from natlib.evidence import Rows
 from natlib.records import Record
 from natlib.report import (
@@ -20,7 +19,7 @@ from natlib.report import (
     paired_difference,
     rank_correlation,
 )
-from natlib.transitions import TITLES
+from natlib.transitions import ORIGINAL, TITLES
 
 ACCURACY, CHANGE, MADDS = "top-1 (%)", "accuracy change (points)", "MAdds change (%)"
 BEFORE, SHARED = "before, by shared weights (%)", "shared weights"

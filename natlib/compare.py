@@ -42,9 +42,8 @@ from natlib.search import (
     settings,
 )
 from natlib.train import DataConfig, TrainConfig, splits, stream, train_standalone
-from natlib.transitions import TITLES, free
+from natlib.transitions import ORIGINAL, TITLES, free
 
-ORIGINAL = "original"
 LEARNED = 0.3
 """See ``Comparison.learned``."""
 

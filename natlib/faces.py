@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from natlib import data, zoo
-from natlib.compare import ORIGINAL
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
 from natlib.genotype import Genotype
@@ -21,7 +20,7 @@ from natlib.network import CellNetwork
 from natlib.records import Record, Run, RunStore
 from natlib.search import settings
 from natlib.train import EVALUATION_BATCH, InMemory, device, fit
-from natlib.transitions import TITLES
+from natlib.transitions import ORIGINAL, TITLES
 from natlib.verification import verification
 
 RECIPE = 1

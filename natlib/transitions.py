@@ -176,6 +176,9 @@ RULES: dict[str, Callable[..., Transitions]] = {
 TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
 """What pages call each rule, and the method that goes by it."""
 
+ORIGINAL = "original"
+"""What pages call the method that changes nothing."""
+
 
 def by_name(name: str, primitives: tuple[str, ...] = PRIMITIVES) -> Transitions:
     """Return the rule called ``name``; NatlibError lists the names if it is unknown."""

@@ -18,7 +18,6 @@ from scipy import stats
 from natlib import NatlibError, zoo
 from natlib.baselines import NAOConfig
 from natlib.compare import (
-    ORIGINAL,
     Comparison,
     Network,
     Size,
@@ -34,6 +33,7 @@ from natlib.macro import MacroConfig
 from natlib.records import Record
 from natlib.report import format_interval, holm, interval, load_reported, p_value
 from natlib.search import Setting
+from natlib.transitions import ORIGINAL
 from tests.made import DATA
 
 SIZES = {"image_size": 8, "train": 48, "search": 40, "report": 36, "test": 32}
