@@ -47,9 +47,9 @@ def _spread(values: Mapping[str, float], unit: str = "") -> str:
 
 
 def label(figure: Mapping[str, Any]) -> str:
-    """Name a figure with its setting and threads."""
+    """Name a figure with its setting and cores."""
     size = f", {figure['size']}" if figure["size"] else ""
-    return f"{figure['name']}{size}" + (", 2 threads" if figure["threads"] == 2 else "")
+    return f"{figure['name']}{size}" + (", 2 cores" if figure["threads"] == 2 else "")
 
 
 def _target(figure: Mapping[str, Any]) -> str:

@@ -28,12 +28,22 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy
 import torch
 from experiments import RUNS, STATE, exit_with, parameters_at, read_experiments, require, write_text
-from measure import Elsewhere, Spread, Work, alternate, memory, peaks, power_law, processes, traffic
+from measure import (
+    Elsewhere,
+    Spread,
+    Work,
+    alternate,
+    manage_memory_as_usual,
+    memory,
+    peaks,
+    power_law,
+    processes,
+    traffic,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -670,7 +680,7 @@ def step_memory(size: Size, count: int, plain: bool) -> tuple[float, float]:
     Plain training gets memory that is managed as usual, as in ``measure.Elsewhere``.
     """
     if plain:
-        patch("natlib.network.keep_freed_memory").start()
+        manage_memory_as_usual()
     return memory(training_steps, size, random_genotypes(size.nodes, count), plain)
 
 

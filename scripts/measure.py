@@ -278,6 +278,11 @@ class Elsewhere:
             raise NatlibError("the process that does the plain works has ended") from None
 
 
+def manage_memory_as_usual() -> None:
+    """Let networks that this process builds leave its C library's memory as it is by itself."""
+    patch("natlib.network.keep_freed_memory").start()
+
+
 def _serve(
     pipe: Connection,
     make: Callable[..., Sequence[Work]],
@@ -287,7 +292,7 @@ def _serve(
 ) -> None:
     """Do works as asked: a number from 0 is a work, one below 0 sets the threads."""
     if usual_memory:
-        patch("natlib.network.keep_freed_memory").start()
+        manage_memory_as_usual()
     torch.set_num_threads(threads)
     works = make(*arguments)
     pipe.send(len(works))
