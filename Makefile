@@ -36,10 +36,17 @@ endif
 ifneq ($(filter-out 0 1,$(DRY_RUN)),)
 $(error DRY_RUN=$(DRY_RUN) must be 0 or 1)
 endif
-ifeq ($(FRESH),1)
-# One moment for all notebooks, so that they share the records made after it.
-export NATLIB_FRESH := $(shell date +%s)
+DONE = :
+ifeq ($(FRESH)$(DRY_RUN),10)
+ifneq ($(filter reproduce notebook transform,$(MAKECMDGOALS)),)
+# One moment for all notebooks, so that they share the records made after it; kept until the command
+# is done, so that after an interruption it goes on.
+BEGUN := .make/fresh.$(SCALE)
+$(if $(wildcard $(BEGUN)),$(info going on with FRESH=1 of $(shell date -r $(BEGUN)); to begin anew: rm $(BEGUN)))
+export NATLIB_FRESH := $(shell mkdir -p .make; test -s $(BEGUN) || date +%s > $(BEGUN); cat $(BEGUN))
 GRAPH += --fresh
+DONE = rm -f $(BEGUN)
+endif
 endif
 
 .PHONY: help setup reproduce test lint book verify reference restore transform bench notebook lab stale \
@@ -86,6 +93,7 @@ reproduce: $(SETUP)
 	@$(GRAPH)
 	@$(EXECUTE) all
 	@$(MAKE) --no-print-directory book
+	@$(DONE)
 endif
 
 notebook: $(SETUP) ## run one notebook, NAME=..., and what it depends on
@@ -93,16 +101,19 @@ notebook: $(SETUP) ## run one notebook, NAME=..., and what it depends on
 	@$(PY) scripts/dataset.py $(DATASET)
 	@$(GRAPH) $(NAME)
 	@$(EXECUTE) all
+	@$(DONE)
 
 transform: $(SETUP) ## your own architecture, GENOTYPE=cell.json, through the trained policy
 	@$(if $(GENOTYPE),,echo "error: give GENOTYPE=..., a JSON file as README.md describes" >&2; exit 1)
 	@test -f "$(GENOTYPE)" || { echo "error: GENOTYPE=$(GENOTYPE): there is no such file" >&2; exit 1; }
+	@mkdir -p runs/transform && $(PY) -m natlib.export "$(GENOTYPE)" "$(REPORT:.ipynb=.json)" > /dev/null
 	@$(PY) scripts/dataset.py $(DATASET)
 	@$(GRAPH) 05_transform
 	@$(EXECUTE) upstream
 	@$(PY) scripts/run_notebook.py 05_transform --scale $(SCALE) \
-	  $(if $(WORKERS),--workers $(WORKERS)) --set genotype="$(GENOTYPE)" --output $(REPORT)
-	@$(PY) scripts/page.py $(REPORT)
+	  $(if $(WORKERS),--workers $(WORKERS)) --set genotype="$(GENOTYPE)" --output "$(REPORT)"
+	@$(PY) scripts/page.py "$(REPORT)"
+	@$(DONE)
 
 book: $(SETUP) ## build the book from the executed notebooks; trains nothing
 	@$(PY) scripts/refresh.py

@@ -15,9 +15,10 @@ from natlib.baselines import NAOConfig, closure, nao
 from natlib.cost import network_cost
 from natlib.drawing import CYCLE, MARKERS, Chart, start_chart
 from natlib.errors import NatlibError
-from natlib.genotype import Genotype
+from natlib.evidence import DROPPED, LEARNED_ENOUGH
+from natlib.genotype import INPUTS, Genotype
 from natlib.macro import BlockMacro, Macro, MacroConfig
-from natlib.published import printed_costs
+from natlib.published import RELEASED, answers, printed_costs
 from natlib.records import Record, Run, RunStore
 from natlib.report import (
     Interval,
@@ -241,7 +242,7 @@ def released(names: Iterable[str], seeds: int) -> dict[str, dict[str, list[Genot
     names = set(names)
     for before, after, rule in zoo.REWRITINGS:
         if before in names:
-            group = methods.setdefault(f"{TITLES[rule]}, released", {})
+            group = methods.setdefault(f"{TITLES[rule]}{RELEASED}", {})
             group[before] = [zoo.get(after)] * seeds
     return methods
 
@@ -333,6 +334,15 @@ class Comparison:
         means = [float(np.mean(self.accuracy(ORIGINAL, n))) for n in self.networks]
         return min(means) >= chance + LEARNED * (1 - chance)
 
+    def silent(self, method: str, network: str) -> list[bool]:
+        """Whether the network answers every image alike, one a seed: its cells let nothing through.
+
+        Shared weights need not notice: their cells read two earlier ones, hand-crafted networks'
+        the last alone.
+        """
+        macro = self.networks[network].trained
+        return [_silent(g, macro) for g in self.genotypes[method][network]]
+
     def told(self) -> dict[str, Any]:
         """What pages say in their prose, by the name that it is glued under.
 
@@ -379,8 +389,18 @@ class Comparison:
             f"{self.images.dataset} at {self.images.image_size} pixels, {told['epochs']} epoch(s), "
             f"hand-crafted networks at {self.size.width:g} of their channels, others with "
             f"{self.size.channels} channels and {self.size.cells} cells; accuracy on "
-            f"{self.images.test:,} test images{self._machines()}"
+            f"{self.images.test:,} test images{self._machines()}{self._silent()}"
         )
+
+    def _silent(self) -> str:
+        """Which networks answer every image alike."""
+        found = [
+            f"{network}, {method}, seed {seed}"
+            for network, method in self._rows()
+            for seed, silent in zip(self.seeds, self.silent(method, network), strict=True)
+            if silent
+        ]
+        return f"; let nothing through and guess: {'; '.join(found)}" if found else ""
 
     def kept(
         self, found: Mapping[str, Sequence[Record]] | None = None
@@ -388,7 +408,8 @@ class Comparison:
         """Rows for ``evidence.keep``: accuracy, its change, those of cost at the published size.
 
         "live" cost leaves out edges into nodes that nothing reads. With the records that
-        ``rewrite`` gave, also what their shared weights said of the input, and promised.
+        ``rewrite`` gave, also what their shared weights said of the input, and promised, and how
+        many samples were dropped because they cost more.
         """
         told = promised(found or {})
         rows: dict[str, dict[str, list[float]]] = {}
@@ -396,6 +417,7 @@ class Comparison:
             new = self.accuracy(method, network)
             row = rows[f"{network}, {method}"] = {"top-1 (%)": new}
             if method == ORIGINAL:
+                row[LEARNED_ENOUGH] = [float(self.learned)] * len(new)
                 if found and network in found:
                     row["by shared weights (%)"] = before(found[network])
                 continue
@@ -403,6 +425,8 @@ class Comparison:
             row["change (points)"] = [b - a for a, b in zip(old, new, strict=True)]
             if (network, method) in told:
                 row["change by shared weights"] = told[network, method]
+                group = (found or {})[network]
+                row[DROPPED] = [float(r.result[method]["dropped"]) for r in group]
             macro, start = self.networks[network].published, self.cost(ORIGINAL, network)
             own = network_cost(self.networks[network].genotype.pruned(), macro)
             costs = [network_cost(g, macro) for g in self.genotypes[method][network]]
@@ -432,8 +456,9 @@ class Comparison:
     def table(self, published: str = "", dataset: str = "CIFAR-10") -> pd.DataFrame:
         """A row a network and method, with the numbers that the papers print where they have any.
 
-        ``published`` names the table in ``paper/reported.csv``; its rows that we did not train come
-        last, with dashes. Raises NatlibError on a table or data set that is not there.
+        ``published`` names the table in ``paper/reported.csv``; its rows that nothing of ours
+        ``answers`` come last, with dashes. Raises NatlibError on a table or data set that is not
+        there.
         """
         printed: dict[tuple[str, str], dict[str, float]] = {}
         if published:
@@ -448,8 +473,10 @@ class Comparison:
                     "params (M), paper": line["params_m"],
                     "MAdds (M), paper": line["madds_m"],
                 }
-        found = []
+        found, answered = [], set()
         for network, method in self._rows():
+            same = [key for key in printed if answers(network, method, *key)]
+            answered.update(same)
             params, madds = self.cost(method, network)
             change = self.difference(method, network)
             accuracy = interval(self.accuracy(method, network))
@@ -465,10 +492,14 @@ class Comparison:
                     else format_interval(change, counted=False),
                     "params (M), ours": params / 1e6,
                     "MAdds (M), ours": madds / 1e6,
-                    **printed.pop((network, method), {}),
+                    **(printed[same[0]] if same else {}),
                 }
             )
-        found += [{"network": n, "method": m, **row} for (n, m), row in printed.items()]
+        found += [
+            {"network": n, "method": m, **row}
+            for (n, m), row in printed.items()
+            if (n, m) not in answered
+        ]
         return pd.DataFrame(found)
 
     def differences(self, found: Mapping[str, Sequence[Record]] | None = None) -> pd.DataFrame:
@@ -599,6 +630,18 @@ def compare(
         for method, group in genotypes.items()
     }
     return Comparison(networks, tuple(seeds), genotypes, ordered, size, images)
+
+
+def _silent(genotype: Genotype, macro: Macro) -> bool:
+    """Whether nothing of the image reaches the network's output."""
+    cells = dict(genotype.cells)
+    heard = [True, True]
+    for position in macro.positions():
+        read = cells[position.kind].live
+        # A block reads the one before it alone.
+        before = [heard[1], heard[1]] if isinstance(macro, BlockMacro) else heard
+        heard = [heard[1], any(before[i] for i in range(INPUTS) if i in read)]
+    return not heard[1]
 
 
 def _training(

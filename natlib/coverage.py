@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from natlib.errors import NatlibError
-from natlib.published import PAPER, printed_costs
+from natlib.published import PAPER, answers, printed_costs
 from natlib.report import load_reported
 
 NOTEBOOKS = PAPER.parent / "notebooks"
@@ -72,14 +72,9 @@ Trained = Mapping[str, Collection[tuple[str, str]]]
 
 
 def _counterpart(row: pd.Series, trained: Collection[tuple[str, str]]) -> bool:
-    """Whether a published row's network and method were trained, under its name or a part of it.
-
-    One graph of several stands as "VGG16, nearest", their mean as "NAT, mean of 3 graphs".
-    """
+    """Whether something that was trained stands for a published row; see ``answers``."""
     return any(
-        f"{network}, ".startswith(f"{row['architecture']}, ")
-        and f"{row['method']}, ".startswith(f"{method}, ")
-        for network, method in trained
+        answers(network, method, row["architecture"], row["method"]) for network, method in trained
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,7 +17,20 @@ from natlib.report import Table, duration, format_interval, holm, interval, p_va
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
 """Row, column, one fraction a seed. Columns of changes of accuracy have "change" in their name, of
-cost "change (%)", of rank correlations "ρ"; "rewritten" is 1 where a seed's genotype changed."""
+cost "change (%)", of rank correlations "ρ"; "rewritten" is 1 where a seed's genotype changed.
+
+What claims are judged by and tables do not show: the columns of ``UNSHOWN``, and the row ``EACH``,
+which holds a number an architecture instead of a seed."""
+
+DROPPED = "dropped"
+"""Column: how many samples were dropped because they cost more than the input."""
+
+LEARNED_ENOUGH = "learned"
+"""Column of originals: 1 where networks from scratch learned enough to be compared."""
+
+UNSHOWN = (DROPPED, LEARNED_ENOUGH)
+
+EACH = "each architecture"
 
 LONG = "extended"
 
@@ -43,15 +56,14 @@ def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) 
     if not rows or not used:
         raise NatlibError(f"page {page!r} keeps {len(rows)} rows from {len(used)} records")
     distinct = {record.key: record for record in used}
-    machines = dict.fromkeys(r.machine for r in distinct.values())
     found = {
         "rows": {
             row: {column: [float(v) for v in values] for column, values in columns.items()}
             for row, columns in rows.items()
         },
         "about": about,
-        "machines": list(machines),
-        "seconds": sum(float(r.provenance["wall_seconds"]) for r in distinct.values()),
+        "seconds": _seconds(distinct.values()),
+        "code": _code(distinct.values()),
     }
     # One key stands for those of all records, of which there may be hundreds; another for what the
     # page makes of them.
@@ -60,8 +72,27 @@ def keep(page: str, scale: str, rows: Rows, used: Sequence[Record], about: str) 
         "found": _short_hash(json.dumps(found["rows"]) + about),
     }
     return RunStore.default().run(
-        PAGE, PageConfig(page, scale), lambda _: found, recipe=2, data="", inputs=inputs
+        PAGE, PageConfig(page, scale), lambda _: found, recipe=3, data="", inputs=inputs
     )
+
+
+def _seconds(records: Iterable[Record]) -> dict[str, float]:
+    """Computing time by machine."""
+    found: dict[str, float] = {}
+    for r in records:
+        found[r.machine] = found.get(r.machine, 0.0) + float(r.provenance["wall_seconds"])
+    return found
+
+
+def _code(records: Iterable[Record]) -> str:
+    """Which revisions of the code computed records, in words."""
+    used = [(r.provenance["git"], r.provenance["dirty"]) for r in records]
+    revisions = list(dict.fromkeys(git[:7] or "unknown" for git, _ in used))
+    said = f"revision{'s' * (len(revisions) > 1)} {', '.join(revisions)}"
+    changed = sum(bool(dirty) for _, dirty in used)
+    if changed:
+        said += f", {changed} of {len(used)} records with changes not committed"
+    return said
 
 
 def _short_hash(text: str) -> str:
@@ -96,12 +127,14 @@ def recorded(page: str, scale: str = LONG) -> Table:
         return Table(frame, f"Recorded at the {scale} scale")
     result = record.result
     shown, p = [], []
-    for name, columns in result["rows"].items():
-        shown.append({"what": name, **{HEADS.get(c, c): _cell(c, v) for c, v in columns.items()}})
+    rows = {name: columns for name, columns in result["rows"].items() if name != EACH}
+    for name, columns in rows.items():
+        cells = {HEADS.get(c, c): _cell(c, v) for c, v in columns.items() if c not in UNSHOWN}
+        shown.append({"what": name, **cells})
         changed = [v for c, v in columns.items() if "change (points)" in c]
         p.append(p_value(interval(changed[0])) if changed else math.nan)
     frame = pd.DataFrame(shown)
-    counts = [max(map(len, columns.values())) for columns in result["rows"].values()]
+    counts = [max(map(len, columns.values())) for columns in rows.values()]
     same = len(set(counts)) == 1
     if not same:
         frame["n"] = counts
@@ -111,8 +144,9 @@ def recorded(page: str, scale: str = LONG) -> Table:
         f"Recorded at the {scale} scale: {result['about']}. {f'n = {counts[0]}' if same else 'n'} "
         "seeds each; ± and brackets are 95 % intervals over them, but changes of cost: the median "
         "seed [the least, the greatest]. p by the first change of a row, corrected for all rows. "
-        f"{_about_shared(frame)}Computing time {duration(result['seconds'])} on "
-        f"{'; '.join(result['machines'])}."
+        f"{_about_shared(frame)}Computing time "
+        f"{'; '.join(f'{duration(t)} on {m}' for m, t in result['seconds'].items())}; "
+        f"code: {result['code']}."
     )
     return Table(frame, caption)
 

@@ -291,12 +291,17 @@ def _literal_fields(text: str, not_json: str) -> dict[str, Any]:
 def read(path: Path) -> Genotype:
     """Read a genotype from a file that ``parse`` understands.
 
-    Raises NatlibError if there is no such file or its content is no genotype, naming the file.
+    Raises NatlibError if there is no such file, if it cannot be read or is not UTF-8, and if its
+    content is no genotype, naming the file.
     """
     try:
         return parse(path.read_text("utf-8"))
     except FileNotFoundError:
         raise NatlibError(f"there is no file {path}") from None
+    except OSError as error:
+        raise NatlibError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise NatlibError(f"{path} is not text in UTF-8: {error.reason}") from None
     except NatlibError as error:
         raise NatlibError(f"{path}: {error}") from None
 

@@ -113,7 +113,7 @@ def again(count: int, workers: int, scale: str) -> tuple[list[Training], list[Re
         data=str(natbench.load().card["data"]), workers=workers,
         lacking=lacking(TRAINING.data), scale=scale,
     )  # fmt: skip
-    return which[: len(records)], records, source
+    return which if records else [], records, source
 
 
 def build(workers: int, part: tuple[int, int] = (1, 1), folder: Path = FOLDER) -> list[Record]:

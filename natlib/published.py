@@ -15,8 +15,11 @@ from natlib.genotype import Genotype
 from natlib.macro import ImageNetMacro, Macro, MacroConfig
 
 PAPER = Path(__file__).resolve().parent.parent / "paper"
-EQUAL, EXPLAINED, NOT_RECOMPUTED = "equal", "explained", "cannot be recomputed"
+EQUAL, DIFFERS, NOT_RECOMPUTED = "equal", "differs", "cannot be recomputed"
 """The verdicts on a row."""
+
+RELEASED = ", released"
+"""Ends the names of methods whose cells are the authors' own."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class PrintedCost:
 
     ``params`` and ``madds`` are the printed numbers in millions, digit by digit, "" where there is
     none. ``network`` is the genotype and the macro architecture behind the row, None where no
-    genotype was published. ``explanation`` says in a sentence why the two differ, or what is
-    missing; it is empty where they are equal.
+    genotype was published. ``explanation`` says in a sentence what differs and, where it can be
+    told, why, or what is missing; it is empty where they are equal.
     """
 
     table: str
@@ -59,10 +62,10 @@ class PrintedCost:
 
     @property
     def verdict(self) -> str:
-        """Say whether the row is equal to all printed digits, explained, or not recomputed."""
+        """Say whether the row is equal to all printed digits, differs, or cannot be recomputed."""
         if self.network is None:
             return NOT_RECOMPUTED
-        return EQUAL if all(self.agrees.values()) else EXPLAINED
+        return EQUAL if all(self.agrees.values()) else DIFFERS
 
 
 def _rounded(ours: int, printed: str) -> Decimal:
@@ -97,7 +100,7 @@ def counts(rows: Iterable[PrintedCost]) -> dict[str, int]:
     Keys: the three verdicts, "params", "params agree", "madds" and "madds agree".
     """
     rows = list(rows)
-    found = {v: sum(r.verdict == v for r in rows) for v in (EQUAL, EXPLAINED, NOT_RECOMPUTED)}
+    found = {v: sum(r.verdict == v for r in rows) for v in (EQUAL, DIFFERS, NOT_RECOMPUTED)}
     for name in ("params", "madds"):
         judged = [r.agrees[name] for r in rows if name in r.agrees]
         found |= {name: len(judged), f"{name} agree": sum(judged)}
@@ -175,3 +178,14 @@ def printed_costs(folder: Path = PAPER) -> list[PrintedCost]:
     if behind:
         raise NatlibError(f"{folder / 'costs.csv'}: {next(iter(behind))} prints no costs")
     return found
+
+
+def answers(network: str, method: str, architecture: str, printed: str) -> bool:
+    """Whether a network and method of ours stand for a printed architecture and method.
+
+    A graph of several, "VGG16, nearest", does for "VGG16", "NAT" for "NAT, mean of 3 graphs", and
+    the authors' own cell, "NAT, released", for "NAT".
+    """
+    return f"{network}, ".startswith(f"{architecture}, ") and f"{printed}, ".startswith(
+        f"{method.removesuffix(RELEASED)}, "
+    )

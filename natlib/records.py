@@ -24,7 +24,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -368,15 +368,16 @@ class RunStore:
     ) -> tuple[list[Record], str]:
         """As ``run_many``, unless something is ``lacking``; also say in words where they come from.
 
-        Then records are those that the recorded reference of ``scale`` holds of ``configs``. What
-        is lacking is told in words, "" if nothing.
+        Then records are those of the recorded references, that of ``scale`` first, if these hold
+        all of ``configs``, else none. What is lacking is told in words, "" if nothing.
         """
         if not lacking:
             found = self.run_many(kind, configs, body, recipe=recipe, data=data, workers=workers)
             return found, "computed on this machine"
-        known = {record.key: record for record in read_reference(scale)}
         keys = [self.key(kind, c, recipe=recipe, data=data, inputs=None) for c in configs]
-        found = [known[key] for key in keys if key in known]
+        known = recalled(keys, scale, REPOSITORY)
+        found = [known[key] for key in keys] if known.keys() >= set(keys) else []
+        _note_use(found, recalled=True)
         told = "our recorded results" if found else "nothing to show yet"
         return found, f"{told}, because {lacking}"
 
@@ -446,11 +447,12 @@ class RunStore:
                 return record
             for leftover in directory.glob("*.tmp"):  # of a process that was killed while writing
                 leftover.unlink()
+            # It is not fresh: what is saved from here on belongs to the new one.
+            (directory / "record.json").unlink(missing_ok=True)
             checkpoint = directory / "checkpoint.pt"
             if checkpoint.exists() and checkpoint.stat().st_mtime < self.fresh_since:
                 checkpoint.unlink()
-            # Before the body: files may change while it runs.
-            code = {"source": sources.module_hash(job.body.__module__), **git_state()}
+            code = {"source": sources.loaded_hash(job.body.__module__), **git_state()}
             started = datetime.now(UTC)
             run = Run(job.config, job.kind, job.key, directory, self.checkpoint_seconds)
             result = job.body(run)
@@ -535,6 +537,15 @@ def read_reference(scale: str, repository: Path = REPOSITORY) -> list[Record]:
     """
     path = repository / "results" / "reference" / scale / "records.json"
     return list(_reference(path, path.stat().st_mtime_ns)) if path.is_file() else []
+
+
+def recalled(keys: Iterable[str], scale: str, repository: Path) -> dict[str, Record]:
+    """Return what the recorded references hold of ``keys``, that of ``scale`` before others."""
+    others = sorted(p.name for p in (repository / "results" / "reference").glob("*/"))
+    found: dict[str, Record] = {}
+    for name in (*(n for n in others if n != scale), scale):
+        found |= {record.key: record for record in read_reference(name, repository)}
+    return {key: found[key] for key in keys if key in found}
 
 
 @lru_cache(maxsize=2)
@@ -765,8 +776,9 @@ def _report_group(kind: str, done: int, total: int, watch: Watch | None) -> None
         watch(done, total)
 
 
-def _note_use(records: Sequence[Record]) -> None:
-    """Note in the runner's manifest which records a notebook used."""
+def _note_use(records: Sequence[Record], recalled: bool = False) -> None:
+    """Note in the runner's manifest which records a notebook used, or recalled from a reference."""
     if file := os.environ.get("NATLIB_MANIFEST"):
         for record in records:
-            _append_line(file, {"kind": record.kind, "key": record.key})
+            line: dict[str, Any] = {"kind": record.kind, "key": record.key}
+            _append_line(file, line | ({"recalled": True} if recalled else {}))

@@ -96,7 +96,8 @@ REPORTED = Path(__file__).resolve().parent.parent / "paper" / "reported.csv"
 class Interval:
     """A mean with its confidence interval [low, high], from ``n`` values of deviation ``sd``.
 
-    ``nonzero`` of them are not zero, where that is known.
+    ``nonzero`` of them are not zero, where that is known; ``p`` is known where the interval is not
+    Student's.
     """
 
     mean: float
@@ -106,6 +107,7 @@ class Interval:
     sd: float
     confidence: float = 0.95
     nonzero: int | None = None
+    p: float | None = None
 
 
 def _numbers(values: ArrayLike, what: str) -> NDArray[np.float64]:
@@ -161,15 +163,18 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 
 
 def p_value(i: Interval) -> float:
-    """Two-sided p of Student's t test that the mean is zero.
+    """Two-sided p of Student's t test that the mean is zero, or the interval's own.
 
-    NaN for a single value, and where fewer than two are not zero, as for rewritings that changed
-    one network at most: p would then be the same whatever the size of the change.
+    NaN for a single value; where fewer than two are not zero, as for rewritings that changed one
+    network at most: p would then be the same whatever the size of the change; and where all are
+    the same but not zero: few seeds on few images do that by chance, and the spread is unknown.
     """
+    if i.p is not None:
+        return i.p
     if i.n < 2 or (i.nonzero is not None and i.nonzero < 2):
         return math.nan
-    if i.sd == 0:
-        return float(i.mean == 0)
+    if i.sd <= 1e-12 * abs(i.mean):
+        return 1.0 if i.mean == 0 else math.nan
     return float(2 * stats.t.sf(abs(i.mean) / (i.sd / math.sqrt(i.n)), i.n - 1))
 
 
@@ -254,6 +259,18 @@ class RankCorrelation:
     high: float
     n: int
 
+    @property
+    def interval(self) -> Interval:
+        """The interval of rho over pairs, with the p of rho being zero that belongs to it."""
+        z = math.atanh(max(-0.999999, min(0.999999, self.rho))) / _width(self.rho, self.n)
+        p = float(2 * stats.norm.sf(abs(z)))
+        return Interval(self.rho, self.low, self.high, self.n, math.nan, p=p)
+
+
+def _width(rho: float, n: int) -> float:
+    """Bonett and Wright's standard error of Fisher's z of a rank correlation (2000)."""
+    return math.sqrt((1 + rho**2 / 2) / (n - 3))
+
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> RankCorrelation:
     """Say how far two scores rank alike; the interval is Fisher's with Bonett and Wright's width.
@@ -266,9 +283,14 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> RankCorrelation:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         raise NatlibError("a rank correlation needs scores that differ, got a constant one")
     tau, rho = float(stats.kendalltau(a, b).statistic), float(stats.spearmanr(a, b).statistic)
-    half = 1.96 * math.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+    half = 1.96 * _width(rho, len(a))
     z = math.atanh(max(-0.999999, min(0.999999, rho)))
     return RankCorrelation(tau, rho, math.tanh(z - half), math.tanh(z + half), len(a))
+
+
+def ranking(x: ArrayLike, y: ArrayLike) -> str:
+    """Write Spearman's rho of two scores with its interval; see ``rank_correlation``."""
+    return format_interval(rank_correlation(x, y).interval, percent=False, digits=2)
 
 
 # Plots of results ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,12 +53,21 @@ def imported_names(source: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def module_files(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
+LOADED = {p: p.read_bytes() for p in PACKAGE.iterdir() if p.is_file()}
+"""The package's files as they were when this process began, or the server that it was forked from:
+what is edited later does not run here."""
+
+
+def module_files(
+    names: Iterable[str], package: Path = PACKAGE, contents: Mapping[Path, bytes] | None = None
+) -> list[Path]:
     """Return the files of ``package`` that importing ``names`` brings in, transitively, sorted.
 
     A data file with a module's stem (``zoo.json`` beside ``zoo.py``) counts as part of it; names
-    outside the package are left out.
+    outside the package are left out. Files are those on disk, or those given.
     """
+    if contents is None:
+        contents = {p: p.read_bytes() for p in package.glob("*") if p.is_file()}
     found: set[Path] = set()
     todo = list(names)
     while todo:
@@ -69,19 +78,22 @@ def module_files(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
         if len(parts) > 1:
             files.append(package / f"{parts[1]}.py")
         for file in files:
-            if file in found or not file.is_file():
+            if file in found or file not in contents:
                 continue
             found.add(file)
-            found.update(p for p in package.glob(f"{file.stem}.*") if p.suffix != ".py")
-            todo.extend(imported_names(file.read_text(encoding="utf-8")))
+            found.update(p for p in contents if p.stem == file.stem and p.suffix != ".py")
+            todo.extend(imported_names(contents[file].decode("utf-8")))
     return sorted(found)
 
 
-def files_hash(files: Iterable[Path]) -> str:
-    """Return a hash (16 hex digits) of the files' names and contents, Python sources normalised."""
+def files_hash(files: Iterable[Path], contents: Mapping[Path, bytes] | None = None) -> str:
+    """Return a hash (16 hex digits) of the files' names and contents, Python sources normalised.
+
+    Contents are those on disk, or those given.
+    """
     digest = hashlib.sha256()
     for file in sorted(files):
-        text = file.read_bytes()
+        text = file.read_bytes() if contents is None else contents[file]
         if file.suffix == ".py":
             text = normalised(text.decode("utf-8")).encode()
         digest.update(f"{file.name}\0{hashlib.sha256(text).hexdigest()}\n".encode())
@@ -91,3 +103,8 @@ def files_hash(files: Iterable[Path]) -> str:
 def module_hash(name: str, package: Path = PACKAGE) -> str:
     """Return the hash of module ``name`` of ``package`` with all of the package that it imports."""
     return files_hash(module_files([name], package))
+
+
+def loaded_hash(name: str) -> str:
+    """Return ``module_hash`` of what this process runs, whatever is on disk by now."""
+    return files_hash(module_files([name], contents=LOADED), LOADED)

@@ -2,7 +2,7 @@
 
 GNU Make then decides what runs. A hash file is rewritten only when its content changes: the code of
 the notebook and of what it imports from natlib (comments, docstrings and outputs do not count), its
-parameters, its data set and the files it reads.
+parameters, its data set, the files it reads, and which data it could do without are there.
 """
 
 from __future__ import annotations
@@ -34,8 +34,29 @@ from experiments import (
 from natlib import NatlibError
 from natlib.sources import files_hash, imported_names, module_files
 
+OPTIONAL = {
+    "nasbench201": Path("nasbench201") / "nasbench201.parquet",
+    "faces": Path("lfw-a"),
+    "imagenet": Path("imagenet"),
+}
+"""By module: what it reads from the folders of data sets, and what pages do without."""
 
-def stamp(name: str, experiment: Experiment, parameters: dict[str, Any]) -> str:
+
+def there(files: list[Path], folders: list[str], scale: str) -> dict[str, str]:
+    """Say of the optional data that ``files`` read where they are.
+
+    Of what is nowhere, pages may show the recorded reference: then that is hashed too.
+    """
+    found = {}
+    for file in files:
+        if (wanted := OPTIONAL.get(file.stem)) and file.suffix == ".py":
+            places = [f for f in folders if (Path(f) / wanted).exists()]
+            recorded = Path("results") / "reference" / scale / "records.json"
+            found[str(wanted)] = places[0] if places else files_hash([recorded] * recorded.exists())
+    return found
+
+
+def stamp(name: str, experiment: Experiment, parameters: dict[str, Any], folders: list[str]) -> str:
     """Return what decides whether the executed notebook ``name`` is still right, as JSON."""
     notebook = read_notebook(Path("notebooks") / f"{name}.ipynb")
     imports = set().union(*map(imported_names, code_of(notebook)))
@@ -43,9 +64,11 @@ def stamp(name: str, experiment: Experiment, parameters: dict[str, Any]) -> str:
     for file in files:
         if not file.is_file():
             raise NatlibError(f"experiments.yml: {file}, which {name} reads, is not there")
+    modules = module_files(imports, Path("natlib").resolve())
     content = {
         "code": code_hash(notebook),
-        "natlib": files_hash(module_files(imports, Path("natlib").resolve())),
+        "natlib": files_hash(modules),
+        "there": there(modules, folders, parameters["scale"]),
         "files": files_hash(files),
         "parameters": parameters,
     }
@@ -107,7 +130,7 @@ def main() -> int:
     for name in names:
         experiment = experiments[name]
         own = parameters_at(experiments, name, scale)
-        text = stamp(name, experiment, {**given, **own})
+        text = stamp(name, experiment, {**given, **own}, list(dataset["folders"]))
         file = STATE / f"{name}.hash"
         if arguments.fresh or not file.exists() or file.read_text() != text:
             write_text(file, text)

@@ -25,7 +25,7 @@ from scipy import stats
 
 from natlib import NatlibError
 from natlib.files import replacing
-from natlib.records import PAGE, Record, read_record, read_reference
+from natlib.records import PAGE, Record, read_record, read_reference, recalled
 
 REFERENCE = Path("results/reference")
 LEVEL = 0.001
@@ -132,10 +132,14 @@ def judge(reference: float | str, here: float | str, allowed: float | None) -> s
 
 
 def used_records(scale: str) -> dict[str, list[Record]]:
-    """Return the records that each executed notebook of ``scale`` used on this machine."""
+    """Return the records that each executed notebook of ``scale`` used on this machine.
+
+    Those that it recalled from a reference, for lack of their data, are not this machine's.
+    """
     found: dict[str, list[Record]] = {}
     for manifest in sorted((RUNS / "manifests" / scale).glob("*.json")):
-        entries = {e["key"]: e["kind"] for e in json.loads(manifest.read_text())}
+        used = json.loads(manifest.read_text())
+        entries = {e["key"]: e["kind"] for e in used if not e.get("recalled")}
         paths = [RUNS / kind / key / "record.json" for key, kind in entries.items()]
         if gone := [path for path in paths if not path.exists()]:
             raise NatlibError(
@@ -143,6 +147,15 @@ def used_records(scale: str) -> dict[str, list[Record]]:
                 f"`make notebook NAME={manifest.stem} SCALE={scale}` again"
             )
         found[manifest.stem] = [read_record(path) for path in paths]
+    return found
+
+
+def recalled_keys(scale: str) -> dict[str, list[str]]:
+    """Return which records each executed notebook of ``scale`` recalled from a reference."""
+    found = {}
+    for manifest in sorted((RUNS / "manifests" / scale).glob("*.json")):
+        used = json.loads(manifest.read_text())
+        found[manifest.stem] = list(dict.fromkeys(e["key"] for e in used if e.get("recalled")))
     return found
 
 
@@ -163,6 +176,9 @@ def record_reference(scale: str) -> int:
     folder = folder_of(scale)
     pages = {page: [r.key for r in records] for page, records in here.items()}
     kept: dict[str, Record] = {}
+    for page, keys in recalled_keys(scale).items():
+        pages[page] += keys
+        kept |= recalled(keys, scale, Path())
     if (folder / "pages.json").is_file():
         known = {r.key: r for r in read_reference(scale, Path())}
         earlier: dict[str, list[str]] = json.loads((folder / "pages.json").read_text())
@@ -178,7 +194,7 @@ def record_reference(scale: str) -> int:
     single = [f"{kind} {name}" for kind, m in limits.items() for name, v in m.items() if v is None]
     print(f"{len(records)} records of scale {scale} written to {folder}")
     if kept:
-        print(f"{len(kept)} of them from earlier: their notebooks were not executed here")
+        print(f"{len(kept)} of them from earlier: not computed here")
     if single:
         print(f"of one seed only, so not judged by verify: {', '.join(single)}")
     if any(record.provenance["dirty"] for record in records):

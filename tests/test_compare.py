@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -21,6 +22,7 @@ from natlib.compare import (
     Comparison,
     Network,
     Size,
+    _silent,
     _training,
     compare,
     promised,
@@ -28,8 +30,11 @@ from natlib.compare import (
     rewritten,
 )
 from natlib.cost import network_cost
+from natlib.evidence import DROPPED, LEARNED_ENOUGH
+from natlib.genotype import Genotype
 from natlib.handcrafted import MACROS, ORIGINALS, macro, scaled
 from natlib.macro import MacroConfig
+from natlib.network import CellNetwork
 from natlib.records import Record
 from natlib.report import format_interval, holm, interval, load_reported, p_value
 from natlib.search import Setting
@@ -62,7 +67,8 @@ def by_hand(
                    trained_on, Path())
             for i, v in enumerate(given_values)
         ]  # fmt: skip
-    return Comparison(networks, (0, 1, 2), genotypes, records, SIZE, DATA)
+    seeds = range(max(map(len, values.values())))
+    return Comparison(networks, seeds, genotypes, records, SIZE, DATA)
 
 
 def test_a_page_is_told_sizes_and_the_range_of_the_originals(made_images: None) -> None:
@@ -85,8 +91,12 @@ def test_a_page_is_told_sizes_and_the_range_of_the_originals(made_images: None) 
 
 def test_methods_trained_on_different_devices_are_named(made_images: None) -> None:
     values = {(ORIGINAL, "VGG16"): [0.2, 0.3], ("NAT", "VGG16"): [0.3, 0.4]}
-    assert by_hand(values).about().endswith("test images")
-    assert by_hand(values, device="H").about().endswith("; trained on cpu for original; H for NAT")
+    assert by_hand(values, changed=False).about().endswith("test images")
+    assert (
+        by_hand(values, changed=False, device="H")
+        .about()
+        .endswith("; trained on cpu for original; H for NAT")
+    )
 
 
 # Statistics ----------------------------------------------------------------------------------
@@ -122,10 +132,10 @@ def test_p_values_are_those_of_a_t_test(values: list[int]) -> None:
 
 
 def test_p_values_without_spread() -> None:
-    assert p_value(interval([0.1, 0.1])) == 0
-    # A single value, nothing changed, one of three changed (always 0.423).
-    for values in ([0.1], [0.0, 0.0], [0.0, 0.0, 0.2]):
+    # A single value, nothing changed, one of three changed (always 0.423), all changed alike.
+    for values in ([0.1], [0.0, 0.0], [0.0, 0.0, 0.2], [0.004, 0.004], [0.1 + 0.2, 0.3, 0.3]):
         assert math.isnan(p_value(interval(values)))
+    assert p_value(interval([0.004, 0.0041])) < 0.01
 
 
 @given(accuracies, accuracies, accuracies, accuracies)
@@ -174,7 +184,7 @@ def test_the_summary_counts_improved_networks_and_costs() -> None:
     assert row["MAdds change (%)"] == pytest.approx(100 * (sum(ratios) / 2 - 1), abs=0.5)
 
 
-def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
+def test_what_is_kept_are_accuracies_and_changes_of_every_seed(made_images: None) -> None:
     found = by_hand(
         {
             (ORIGINAL, "VGG16"): [0.5, 0.5],
@@ -184,7 +194,7 @@ def test_what_is_kept_are_accuracies_and_changes_of_every_seed() -> None:
         }
     )
     rows = found.kept()
-    assert rows["VGG16, original"] == {"top-1 (%)": [0.5, 0.5]}
+    assert rows["VGG16, original"] == {"top-1 (%)": [0.5, 0.5], LEARNED_ENOUGH: [1, 1]}
     assert rows["VGG16, NAT"]["change (points)"] == pytest.approx([0.1, 0.2])
     (params, _), (old, _) = (found.cost(m, "VGG16") for m in ("NAT", ORIGINAL))
     assert rows["VGG16, NAT"]["params change (%)"] == pytest.approx([params / old - 1] * 2)
@@ -216,6 +226,34 @@ def test_live_cost_leaves_out_what_nothing_reads(made_images: None) -> None:
     assert ORIGINALS["ResNet20"].pruned() == ORIGINALS["ResNet20"]
 
 
+def test_a_network_whose_cells_let_nothing_through_is_named(made_images: None) -> None:
+    # Null and a skip from what is null: the block puts out zeros, whatever comes in.
+    original = ORIGINALS["ResNet20"]
+    silent = Genotype(original.normal, original.reduce.with_primitives(["null"] * 8))
+    found = by_hand({(ORIGINAL, "ResNet20"): [0.5] * 2, ("NAT", "ResNet20"): [0.5, 0.1]})
+    found.genotypes["NAT"]["ResNet20"][:] = [original, silent]  # type: ignore[index]
+    assert found.silent("NAT", "ResNet20") == [False, True]
+    assert found.about().endswith("; let nothing through and guess: ResNet20, NAT, seed 1")
+    network = CellNetwork(found.networks["ResNet20"].trained, genotype=silent).eval()
+    images = torch.randn(4, 3, 32, 32)
+    assert float(network(images).std(0).max().detach()) == 0
+
+
+@pytest.mark.parametrize("name", ["DARTS", "ENAS"])
+def test_a_cell_network_hears_past_one_silent_cell(name: str) -> None:
+    macro, known = MacroConfig(4, 6, image_size=8), zoo.get(name)
+    normal, reduce = (c.with_primitives(["null"] * len(c.edges)) for _, c in known.cells)
+    images = torch.randn(4, 3, 8, 8)
+    for genotype, silent in (
+        (known, False),
+        (Genotype(known.normal, reduce), False),
+        (Genotype(normal, known.reduce), True),
+    ):
+        assert _silent(genotype, macro) is silent
+        network = CellNetwork(macro, genotype=genotype).eval()
+        assert (float(network(images).std(0).max().detach()) == 0) is silent
+
+
 def test_whether_the_originals_learned_is_a_share_of_the_way(made_images: None) -> None:
     # Four classes: guessing is 25 %, three tenths of the way 47.5 %.
     for low, learned in ((0.48, True), (0.47, False)):
@@ -223,7 +261,7 @@ def test_whether_the_originals_learned_is_a_share_of_the_way(made_images: None) 
         assert found.learned is learned
 
 
-def test_what_shared_weights_promised_stands_beside_what_training_gave() -> None:
+def test_what_shared_weights_promised_stands_beside_what_training_gave(made_images: None) -> None:
     found = by_hand(
         {
             (ORIGINAL, "VGG16"): [0.5, 0.5],
@@ -233,8 +271,10 @@ def test_what_shared_weights_promised_stands_beside_what_training_gave() -> None
     )
     records = {
         "VGG16": [
-            SimpleNamespace(result={"NAT": {"before_accuracy": 0.3, "accuracy": after}})
-            for after in (0.4, 0.5)
+            SimpleNamespace(
+                result={"NAT": {"before_accuracy": 0.3, "accuracy": after, "dropped": dropped}}
+            )
+            for after, dropped in ((0.4, 3), (0.5, 0))
         ]
     }
     assert promised(records)["VGG16", "NAT"] == pytest.approx([0.1, 0.2])  # type: ignore[arg-type]
@@ -246,7 +286,8 @@ def test_what_shared_weights_promised_stands_beside_what_training_gave() -> None
     rows = found.kept(records)  # type: ignore[arg-type]
     assert rows["VGG16, NAT"]["change by shared weights"] == pytest.approx([0.1, 0.2])
     assert rows["VGG16, NAT"]["change (points)"] == pytest.approx([-0.1, 0.0])
-    assert "change by shared weights" not in rows["VGG16, released"]
+    assert rows["VGG16, NAT"][DROPPED] == [3, 0]
+    assert not {"change by shared weights", DROPPED} & rows["VGG16, released"].keys()
     assert rows["VGG16, original"]["by shared weights (%)"] == [0.3, 0.3]
 
 
@@ -268,6 +309,23 @@ def test_the_table_joins_what_is_printed_and_keeps_what_was_not_trained() -> Non
     assert frame.loc[("VGG16", "NAT++"), "change"].startswith("+0.0")
     with pytest.raises(NatlibError, match="no table 'Table 9'"):
         found.table("Table 9")
+
+
+def test_a_released_cell_and_a_graph_of_several_stand_beside_what_is_printed_of_them() -> None:
+    reported = load_reported().query("dataset == 'CIFAR-10'")
+    printed = reported.set_index(["table", "architecture", "method"])["top1"]
+    graphs = "Sec. 4.5 (graph representations)"
+    for title, network, method, key in (
+        (TABLE, "VGG16", "NAT, released", ("VGG16", "NAT")),
+        (graphs, "VGG16, nearest", "NAT", ("VGG16", "NAT, mean of 3 graphs")),
+    ):
+        found = by_hand({(ORIGINAL, "VGG16"): [0.5], (method, "VGG16"): [0.5]})
+        for group in (found.networks, *found.genotypes.values(), *found.records.values()):
+            group[network] = group.pop("VGG16")  # type: ignore[attr-defined]
+        frame = found.table(title).set_index(["network", "method"])
+        assert frame.loc[(network, method), "top-1 (%), paper"] == printed[(title, *key)]
+        # Answered rows do not come again.
+        assert list(frame.index).count(key) == 0 and frame.index.is_unique
 
 
 # Training ------------------------------------------------------------------------------------

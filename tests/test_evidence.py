@@ -59,6 +59,7 @@ def test_what_is_kept_is_shown_with_its_spread_number_machine_and_time(
     assert table.frame["change (points)"][1] == "+2.0 [-10.7, 14.7]"
     assert "4 trainings. n = 2 seeds each" in table.caption
     assert used[0].provenance["cpu"] in table.caption
+    assert f"code: revision {used[0].provenance['git'][:7]}" in table.caption
     assert table.frame["rewritten"][1] == "1 of 2"
     assert table.frame["MAdds change (%)"][1] == "+35 [-20, 90]"
     # Two of three tests would be corrected for; here there is one.
@@ -90,6 +91,19 @@ def test_what_shared_weights_say_of_original_and_rewriting_is_one_column(
     table = evidence.recorded("table")
     assert list(table.frame["by shared weights"]) == ["30.0\u00a0±\u00a00.0", "+10.0 [10.0, 10.0]"]
     assert "an original's accuracy (%), a rewriting's change" in table.caption
+    assert evidence.rows("table") == rows
+
+
+def test_what_claims_alone_need_is_kept_and_not_shown(used: list[Record], tmp_path: Path) -> None:
+    rows = {
+        "VGG16, original": {"top-1 (%)": [0.3, 0.3], evidence.LEARNED_ENOUGH: [1.0, 1.0]},
+        "VGG16, NAT": {"top-1 (%)": [0.3, 0.3], evidence.DROPPED: [1.0, 0.0]},
+        evidence.EACH: {"shared weights": [0.1, 0.2, 0.3, 0.4]},
+    }
+    record(tmp_path, evidence.keep("table", "extended", rows, used, ""))
+    table = evidence.recorded("table")
+    assert list(table.frame.columns) == ["what", "top-1 (%)"] and len(table.frame) == 2
+    assert "n = 2 seeds each" in table.caption
     assert evidence.rows("table") == rows
 
 

@@ -21,6 +21,7 @@ from natlib.genotype import (
     format_nasbench201,
     parse,
     parse_nasbench201,
+    read,
 )
 from natlib.primitives import ALL_PRIMITIVES, PRIMITIVES
 from natlib.zoo import ZOO
@@ -524,3 +525,13 @@ def test_faulty_nasbench201_strings(text: str, message: str) -> None:
 def test_what_no_nasbench201_string_describes(genotype: Genotype, message: str) -> None:
     with pytest.raises(NatlibError, match=message):
         format_nasbench201(genotype)
+
+
+def test_a_file_that_cannot_be_read_as_text_is_one_clear_message(tmp_path: Path) -> None:
+    (tmp_path / "cell.json").write_text("{}", "utf-16")
+    with pytest.raises(NatlibError, match=r"cell\.json is not text in UTF-8"):
+        read(tmp_path / "cell.json")
+    with pytest.raises(NatlibError, match=r"cannot be read: Is a directory"):
+        read(tmp_path)
+    with pytest.raises(NatlibError, match=r"there is no file .*none\.json"):
+        read(tmp_path / "none.json")

@@ -73,7 +73,7 @@ def test_without_the_images_the_recorded_results_are_shown(
     monkeypatch.setenv("NATLIB_RUNS", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(train, "splits", absent)
     assert proxy.scores(asked, 2, 1, "smoke") == ([], "nothing to show yet, because no images")
-    monkeypatch.setattr(records, "read_reference", lambda scale: here)
+    monkeypatch.setattr(records, "read_reference", lambda scale, root: here)
     recalled, source = proxy.scores(asked, 2, 1, "smoke")
     assert [r.result for r in recalled] == [r.result for r in here]
     assert source == "our recorded results, because no images"

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from natlib import NatlibError, records, sources
-from natlib.records import Run, RunStore, as_json, read_all, read_record
+from natlib.records import Record, Run, RunStore, as_json, read_all, read_record
 from tests import record_bodies as bodies
 from tests.record_bodies import Inner, Marked, Walk
 
@@ -128,13 +128,66 @@ def test_the_source_is_that_of_the_code_that_ran(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Files that change under a running body make another hash when it ends.
-    monkeypatch.setattr(sources, "module_hash", lambda _: "before")
+    # What is edited while a process runs is not what it runs.
+    monkeypatch.setattr(sources, "module_hash", lambda _: "on disk by now")
+    monkeypatch.setattr(sources, "loaded_hash", lambda _: "loaded")
+    record = store.run("walk", Walk(), bodies.walk, **PLAIN)
+    assert record.provenance["source"] == "loaded"
+    assert records.current_source(record) == "on disk by now"
 
-    def body(run: Run) -> dict[str, Any]:
-        monkeypatch.setattr(sources, "module_hash", lambda _: "after")
-        return {"x": 1}
 
-    assert store.run("walk", Walk(), body, **PLAIN).provenance["source"] == "before"
+def test_the_loaded_source_is_that_on_disk_until_it_is_edited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = sources.loaded_hash("natlib.zoo")
+    assert loaded == sources.module_hash("natlib.zoo")
+    edited = {p: c + b"x = 1\n" if p.name == "zoo.py" else c for p, c in sources.LOADED.items()}
+    monkeypatch.setattr(sources, "LOADED", edited)
+    assert sources.loaded_hash("natlib.zoo") != loaded
+
+
+def test_a_record_that_is_not_fresh_is_gone_before_its_files_are_written(
+    tmp_path: Path,
+) -> None:
+    old = RunStore(tmp_path).run("walk", Walk(), bodies.walk, **PLAIN)
+    later = RunStore(tmp_path, fresh_since=time.time() + 60)
+
+    def interrupted(run: Run) -> dict[str, Any]:
+        assert not old.path.exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        later.run("walk", Walk(), interrupted, **PLAIN)
+    assert RunStore(tmp_path).find("walk", old.key) is None
+
+
+def test_recorded_results_are_recalled_from_any_scale_all_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = RunStore(tmp_path / "there").run_many(
+        "walk", [Walk(0), Walk(1)], bodies.walk, workers=1, **PLAIN
+    )
+    for scale, part in (("extended", made[:1]), ("reduced", made[1:])):
+        folder = tmp_path / "results" / "reference" / scale
+        folder.mkdir(parents=True)
+        (folder / "records.json").write_text(json.dumps([r.content for r in part]))
+    monkeypatch.setattr(records, "REPOSITORY", tmp_path)
+    manifest = tmp_path / "manifest"
+    monkeypatch.setenv("NATLIB_MANIFEST", str(manifest))
+    store = RunStore(tmp_path / "here")
+
+    def recall(*seeds: int) -> tuple[list[Record], str]:
+        return store.run_or_recall(
+            "walk", [Walk(seed) for seed in seeds], bodies.walk, workers=1, scale="extended",
+            lacking="the table is away", **PLAIN,
+        )  # fmt: skip
+
+    found, said = recall(1, 0)
+    assert [r.key for r in found] == [made[1].key, made[0].key]
+    assert said == "our recorded results, because the table is away"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    assert lines == [{"kind": "walk", "key": r.key, "recalled": True} for r in found]
+    assert recall(0, 1, 2) == ([], "nothing to show yet, because the table is away")
 
 
 def test_provenance_says_what_made_the_record(store: RunStore) -> None:

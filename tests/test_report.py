@@ -279,6 +279,18 @@ def test_interval_plot_shows_the_numbers_and_the_zero_line() -> None:
 # Tables
 
 
+def test_the_interval_of_a_rank_correlation_has_its_own_p() -> None:
+    rng = np.random.default_rng(0)
+    for n in (8, 40):
+        found = [report.rank_correlation(*rng.random((2, n))).interval for _ in range(400)]
+        # Of unrelated scores one in twenty is below 5 %, as often as the interval leaves zero out.
+        assert 0.02 < np.mean([report.p_value(i) < 0.05 for i in found]) < 0.08
+        for i in found:
+            assert (report.p_value(i) < 0.05) == (not i.low <= 0 <= i.high)
+    x = np.arange(10.0)
+    assert report.ranking(x, x).startswith("+1.00 [")
+
+
 def test_p_values_are_written_as_such() -> None:
     frame = pd.DataFrame({"what": list("abcd"), "p": [1e-9, 0.04, 1.0, float("nan")]})
     frame["p (Holm)"] = frame["p"]

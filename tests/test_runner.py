@@ -44,7 +44,7 @@ class Project:
         self.entries: dict[str, Any] = {}
         (root / "notebooks").mkdir()
         (root / ".make").mkdir()
-        chosen = {"name": "cifar10", "checksums": ["1", "2"], "source": "a test"}
+        chosen = {"name": "cifar10", "checksums": ["1", "2"], "source": "a test", "folders": ["d"]}
         (root / ".make" / "dataset.json").write_text(json.dumps(chosen))
 
     def notebook(self, name: str, *cells: str, prose: str = "Prose.", **entry: Any) -> None:
@@ -369,6 +369,59 @@ def test_only_what_changed_runs_again(project: Project) -> None:
     assert project.make("three", "--fresh") == ["three"]
 
 
+def test_data_that_a_page_could_do_without_run_it_again_when_they_come(project: Project) -> None:
+    fake_natlib(project.root, "x = 1\n")
+    (project.root / "natlib" / "faces.py").write_text("x = 1\n")
+    project.notebook("one", "from natlib.faces import x")
+    project.notebook("two", "from natlib.used import x")
+    assert project.make() == ["one", "two"]
+    # Without them a page may show what is recorded, and what is recorded may change.
+    recorded = project.root / "results" / "reference" / "smoke" / "records.json"
+    recorded.parent.mkdir(parents=True)
+    recorded.write_text("[]")
+    assert project.make() == ["one"]
+    (project.root / "d" / "lfw-a").mkdir(parents=True)
+    assert project.make() == ["one"]
+    recorded.write_text("[1]")
+    assert project.make() == []
+
+
+def test_computing_afresh_goes_on_from_the_same_moment_until_it_is_done(tmp_path: Path) -> None:
+    # The real Makefile, with a Python that notes the moment and fails where it is told to.
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$NATLIB_FRESH" > moment\ntest ! -e fails\n')
+    python.chmod(0o755)
+    (tmp_path / ".venv" / "installed").touch()
+    (tmp_path / ".make").mkdir()
+    (tmp_path / ".make" / "shared_imports").touch()
+    begun, fails = tmp_path / ".make" / "fresh.smoke", tmp_path / "fails"
+
+    def make(target: str) -> tuple[int, str, str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "NATLIB"))}
+        done = subprocess.run(
+            ["make", target, "SCALE=smoke", "FRESH=1"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.returncode, done.stdout, (tmp_path / "moment").read_text().strip()
+
+    fails.touch()
+    status, said, moment = make("reproduce")
+    assert status != 0 and "going on" not in said
+    assert moment == begun.read_text().strip() and moment.isdigit()
+    begun.write_text("12345\n")
+    status, said, moment = make("reproduce")
+    assert status != 0 and moment == "12345"
+    assert "going on with FRESH=1 of " in said and "rm .make/fresh.smoke" in said
+    fails.unlink()
+    assert make("reproduce")[0::2] == (0, "12345")
+    assert not begun.exists()
+    # What runs no notebook does not begin anything.
+    assert make("verify")[0] == 0 and not begun.exists()
+
+
 def test_edited_prose_reaches_the_executed_copy_without_a_run(project: Project) -> None:
     project.notebook("one", "print(1)")
     assert project.make() == ["one"]
@@ -618,6 +671,22 @@ def test_reference_grows_page_by_page_and_is_gone_on_from(
     manifest.write_text(json.dumps([{"kind": made[0].kind, "key": made[0].key}]))
     verifier.record_reference("smoke")
     assert extra.key not in {r.key for r in verifier.read_reference("smoke", tmp_path)}
+
+
+def test_what_a_page_recalled_stays_in_the_reference(verifier: Any, tmp_path: Path) -> None:
+    made = Verified(tmp_path).records
+    verifier.record_reference("smoke")
+    # Another machine lacks the data of all but one record, and shows the others as recorded.
+    manifest = tmp_path / "runs" / "manifests" / "smoke" / "one.json"
+    entries = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps([e | {"recalled": True} for e in entries[1:]] + entries[:1]))
+    for record in made[1:]:
+        shutil.rmtree(record.path.parent)
+    assert verifier.verify("smoke") == 0
+    verifier.record_reference("smoke")
+    assert {r.key for r in verifier.read_reference("smoke", tmp_path)} == {r.key for r in made}
+    pages = json.loads((tmp_path / "results/reference/smoke/pages.json").read_text())
+    assert sorted(pages["one"]) == sorted(r.key for r in made)
 
 
 def test_restoring_says_which_records_come_without_their_files(
