@@ -337,8 +337,7 @@ class Comparison:
     def silent(self, method: str, network: str) -> list[bool]:
         """Whether the network answers every image alike, one a seed: its cells let nothing through.
 
-        Shared weights need not notice: their cells read two earlier ones, hand-crafted networks'
-        the last alone.
+        Shared weights need not notice: theirs is another network, of other cells in a row.
         """
         macro = self.networks[network].trained
         return [_silent(g, macro) for g in self.genotypes[method][network]]
@@ -638,9 +637,7 @@ def _silent(genotype: Genotype, macro: Macro) -> bool:
     heard = [True, True]
     for position in macro.positions():
         read = cells[position.kind].live
-        # A block reads the one before it alone.
-        before = [heard[1], heard[1]] if isinstance(macro, BlockMacro) else heard
-        heard = [heard[1], any(before[i] for i in range(INPUTS) if i in read)]
+        heard = [heard[1], any(heard[i] for i in range(INPUTS) if i in read)]
     return not heard[1]
 
 

@@ -227,16 +227,19 @@ def test_live_cost_leaves_out_what_nothing_reads(made_images: None) -> None:
 
 
 def test_a_network_whose_cells_let_nothing_through_is_named(made_images: None) -> None:
-    # Null and a skip from what is null: the block puts out zeros, whatever comes in.
+    # A block reads two earlier ones: past one that puts out zeros, but not past all normal ones.
     original = ORIGINALS["ResNet20"]
-    silent = Genotype(original.normal, original.reduce.with_primitives(["null"] * 8))
-    found = by_hand({(ORIGINAL, "ResNet20"): [0.5] * 2, ("NAT", "ResNet20"): [0.5, 0.1]})
-    found.genotypes["NAT"]["ResNet20"][:] = [original, silent]  # type: ignore[index]
-    assert found.silent("NAT", "ResNet20") == [False, True]
+    normal, reduce = (c.with_primitives(["null"] * 8) for _, c in original.cells)
+    found = by_hand({(ORIGINAL, "ResNet20"): [0.5] * 3, ("NAT", "ResNet20"): [0.5, 0.1, 0.4]})
+    skips = original.normal.with_primitives(["skip_connect"] * 8)
+    silent, passed = Genotype(normal, original.reduce), Genotype(skips, reduce)
+    found.genotypes["NAT"]["ResNet20"][:] = [original, silent, passed]  # type: ignore[index]
+    assert found.silent("NAT", "ResNet20") == [False, True, False]
     assert found.about().endswith("; let nothing through and guess: ResNet20, NAT, seed 1")
-    network = CellNetwork(found.networks["ResNet20"].trained, genotype=silent).eval()
     images = torch.randn(4, 3, 32, 32)
-    assert float(network(images).std(0).max().detach()) == 0
+    for genotype, alike in ((silent, True), (passed, False)):
+        network = CellNetwork(found.networks["ResNet20"].trained, genotype=genotype).eval()
+        assert (float(network(images).std(0).max().detach()) == 0) is alike
 
 
 @pytest.mark.parametrize("name", ["DARTS", "ENAS"])
