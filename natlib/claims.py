@@ -267,7 +267,7 @@ def _faces(rows: Rows) -> Iterator[Claim]:
     for t in ("NAT", "NAT++"):
         if t in rows:
             text = f"{t} improves face verification (LFW; cells rewritten for objects)"
-            yield _claim(text, "NAT++, Sec. 5", interval(rows[t]["change (points)"]))
+            yield _claim(text, "NAT++, faces", interval(rows[t]["change (points)"]))
 
 
 JUDGES: dict[str, Callable[[Rows], Iterator[Claim]]] = {

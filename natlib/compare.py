@@ -388,11 +388,11 @@ class Comparison:
             f"{self.images.dataset} at {self.images.image_size} pixels, {told['epochs']} epoch(s), "
             f"hand-crafted networks at {self.size.width:g} of their channels, others with "
             f"{self.size.channels} channels and {self.size.cells} cells; accuracy on "
-            f"{self.images.test:,} test images{self._machines()}{self._silent()}"
+            f"{self.images.test:,} test images{self._machines()}{self.silences()}"
         )
 
-    def _silent(self) -> str:
-        """Which networks answer every image alike."""
+    def silences(self) -> str:
+        """Which networks answer every image alike, as the end of a caption; "" if none does."""
         found = [
             f"{network}, {method}, seed {seed}"
             for network, method in self._rows()
