@@ -548,7 +548,7 @@ def recalled(keys: Iterable[str], scale: str, repository: Path) -> dict[str, Rec
     return {key: found[key] for key in keys if key in found}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _reference(path: Path, changed: int) -> list[Record]:
     """Read a file of records, once while it has not ``changed``: it takes a third of a second."""
     try:

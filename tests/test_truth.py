@@ -391,7 +391,7 @@ def test_without_a_table_the_recorded_results_are_shown(
     nothing = shared.study(1, "smoke")
     assert (nothing.records, nothing.values("NAT++", "gain")) == ([], [])
     assert nothing.source == "nothing to show yet, because the table is not here"
-    monkeypatch.setattr(records, "read_reference", lambda scale: here.records)
+    monkeypatch.setattr(records, "read_reference", lambda scale, root: here.records)
     recorded = shared.study(1, "smoke")
     assert recorded.values("NAT++", "gain") == here.values("NAT++", "gain")
     assert recorded.source == "our recorded results, because the table is not here"
