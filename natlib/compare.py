@@ -410,22 +410,22 @@ class Comparison:
         ``rewrite`` gave, also what their shared weights said of the input, and promised, and how
         many samples were dropped because they cost more.
         """
-        told = promised(found or {})
+        found = found or {}
+        told = promised(found)
         rows: dict[str, dict[str, list[float]]] = {}
         for network, method in self._rows():
             new = self.accuracy(method, network)
             row = rows[f"{network}, {method}"] = {"top-1 (%)": new}
             if method == ORIGINAL:
                 row[LEARNED_ENOUGH] = [float(self.learned)] * len(new)
-                if found and network in found:
+                if network in found:
                     row["by shared weights (%)"] = before(found[network])
                 continue
             old = self.accuracy(ORIGINAL, network)
             row["change (points)"] = [b - a for a, b in zip(old, new, strict=True)]
             if (network, method) in told:
                 row["change by shared weights"] = told[network, method]
-                group = (found or {})[network]
-                row[DROPPED] = [float(r.result[method]["dropped"]) for r in group]
+                row[DROPPED] = [float(r.result[method]["dropped"]) for r in found[network]]
             macro, start = self.networks[network].published, self.cost(ORIGINAL, network)
             own = network_cost(self.networks[network].genotype.pruned(), macro)
             costs = [network_cost(g, macro) for g in self.genotypes[method][network]]

@@ -262,14 +262,15 @@ class RankCorrelation:
     @property
     def interval(self) -> Interval:
         """The interval of rho over pairs, with the p of rho being zero that belongs to it."""
-        z = math.atanh(max(-0.999999, min(0.999999, self.rho))) / _width(self.rho, self.n)
-        p = float(2 * stats.norm.sf(abs(z)))
+        z, width = _fisher(self.rho, self.n)
+        p = float(2 * stats.norm.sf(abs(z) / width))
         return Interval(self.rho, self.low, self.high, self.n, math.nan, p=p)
 
 
-def _width(rho: float, n: int) -> float:
-    """Bonett and Wright's standard error of Fisher's z of a rank correlation (2000)."""
-    return math.sqrt((1 + rho**2 / 2) / (n - 3))
+def _fisher(rho: float, n: int) -> tuple[float, float]:
+    """Fisher's z of a rank correlation and its standard error (Bonett and Wright, 2000)."""
+    z = math.atanh(max(-0.999999, min(0.999999, rho)))
+    return z, math.sqrt((1 + rho**2 / 2) / (n - 3))
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> RankCorrelation:
@@ -283,8 +284,8 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> RankCorrelation:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         raise NatlibError("a rank correlation needs scores that differ, got a constant one")
     tau, rho = float(stats.kendalltau(a, b).statistic), float(stats.spearmanr(a, b).statistic)
-    half = 1.96 * _width(rho, len(a))
-    z = math.atanh(max(-0.999999, min(0.999999, rho)))
+    z, width = _fisher(rho, len(a))
+    half = 1.96 * width
     return RankCorrelation(tau, rho, math.tanh(z - half), math.tanh(z + half), len(a))
 
 

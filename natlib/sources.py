@@ -53,7 +53,11 @@ def imported_names(source: str) -> frozenset[str]:
     return frozenset(names)
 
 
-LOADED = {p: p.read_bytes() for p in PACKAGE.iterdir() if p.is_file()}
+def _contents(package: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in package.glob("*") if p.is_file()}
+
+
+LOADED = _contents(PACKAGE)
 """The package's files as they were when this process began, or the server that it was forked from:
 what is edited later does not run here."""
 
@@ -67,7 +71,7 @@ def module_files(
     outside the package are left out. Files are those on disk, or those given.
     """
     if contents is None:
-        contents = {p: p.read_bytes() for p in package.glob("*") if p.is_file()}
+        contents = _contents(package)
     found: set[Path] = set()
     todo = list(names)
     while todo:

@@ -131,32 +131,36 @@ def judge(reference: float | str, here: float | str, allowed: float | None) -> s
     return "inside" if inside else "OUTSIDE"
 
 
+def manifests(scale: str) -> dict[str, list[dict[str, Any]]]:
+    """Return what each executed notebook of ``scale`` noted of the records that it used."""
+    files = sorted((RUNS / "manifests" / scale).glob("*.json"))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
 def used_records(scale: str) -> dict[str, list[Record]]:
     """Return the records that each executed notebook of ``scale`` used on this machine.
 
     Those that it recalled from a reference, for lack of their data, are not this machine's.
     """
     found: dict[str, list[Record]] = {}
-    for manifest in sorted((RUNS / "manifests" / scale).glob("*.json")):
-        used = json.loads(manifest.read_text())
+    for page, used in manifests(scale).items():
         entries = {e["key"]: e["kind"] for e in used if not e.get("recalled")}
         paths = [RUNS / kind / key / "record.json" for key, kind in entries.items()]
         if gone := [path for path in paths if not path.exists()]:
             raise NatlibError(
-                f"{manifest} names {len(gone)} records that are gone, such as {gone[0]}: run "
-                f"`make notebook NAME={manifest.stem} SCALE={scale}` again"
+                f"{RUNS / 'manifests' / scale / page}.json names {len(gone)} records that are "
+                f"gone, such as {gone[0]}: run `make notebook NAME={page} SCALE={scale}` again"
             )
-        found[manifest.stem] = [read_record(path) for path in paths]
+        found[page] = [read_record(path) for path in paths]
     return found
 
 
 def recalled_keys(scale: str) -> dict[str, list[str]]:
     """Return which records each executed notebook of ``scale`` recalled from a reference."""
-    found = {}
-    for manifest in sorted((RUNS / "manifests" / scale).glob("*.json")):
-        used = json.loads(manifest.read_text())
-        found[manifest.stem] = list(dict.fromkeys(e["key"] for e in used if e.get("recalled")))
-    return found
+    return {
+        page: list(dict.fromkeys(e["key"] for e in used if e.get("recalled")))
+        for page, used in manifests(scale).items()
+    }
 
 
 def folder_of(scale: str) -> Path:
