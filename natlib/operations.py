@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class BatchNorm(nn.Module):
     """Batch norm in one of two forms.
 
     ``shared``: always the batch's own statistics and, by default, no affine parameters, as in the
-    papers' supernet. Otherwise running statistics, by default affine.
+    papers' supernet. Otherwise running statistics, by default affine. Where no gradient is recorded
+    the result may take the input's place: nothing else may need what a batch norm gets.
     """
 
     weight: Tensor | None
@@ -73,10 +74,11 @@ class BatchNorm(nn.Module):
             return F.batch_norm(
                 x, self.mean, self.variance, self.weight, self.bias, batch, MOMENTUM, EPSILON
             )
-        norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = _tiled_norm
-        if torch.is_grad_enabled() and (
-            x.requires_grad or (self.weight is not None and self.weight.requires_grad)
-        ):
+        records = torch.is_grad_enabled()
+        norm: Callable[..., tuple[Tensor, Tensor, Tensor]] = partial(
+            _tiled_norm, inplace=not records
+        )
+        if records and (x.requires_grad or (self.weight is not None and self.weight.requires_grad)):
             norm = _TiledNorm.apply
         y, mean, variance = norm(x, self.weight, self.bias)
         if self.mean is not None and self.variance is not None:
@@ -88,13 +90,17 @@ class BatchNorm(nn.Module):
 
 
 def _few_channels(x: Tensor) -> bool:
-    """Whether ``_TiledNorm`` beats the built-in: measured on CPUs, where rows of few are slow."""
-    return (
-        x.device.type == "cpu"
-        and x.shape[1] <= 40
-        and x.numel() >= 200_000
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
+    """Whether ``_TiledNorm`` beats the built-in, as measured on CPUs.
+
+    The built-in is slow with few channels: on one thread with those that do not fill vector
+    registers, on several (up to seven times) with all.
+    """
+    c = x.shape[1]
+    if torch.get_num_threads() > 1:
+        few = c <= 40 and x.numel() >= 20_000
+    else:
+        few = (c < 16 or (c < 32 and c % 8 > 0)) and x.numel() >= 200_000
+    return few and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _tiles(x: Tensor) -> int:
@@ -106,13 +112,13 @@ def _tiles(x: Tensor) -> int:
 
 
 def _tiled_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, inplace: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm by the batch's own statistics; CPU, channels-last.
 
     The built-in walks along channels, and few of them fill no vector register. Here several pixels
     count as one row of so many times more channels, whose statistics are then pooled. Returns the
-    result, the mean, and the variance (biased).
+    result (``inplace``: in place of x), the mean, and the variance (biased).
     """
     b, c, h, w = x.shape
     tiles = _tiles(x)
@@ -125,7 +131,7 @@ def _tiled_norm(
         scale *= weight
     shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
     shift, factor = torch.stack([shift, scale]).repeat(1, tiles)
-    y = torch.addcmul(shift, rows, factor)
+    y = torch.addcmul(shift, rows, factor, out=rows if inplace else None)
     return y.view(b, h, w, c).permute(0, 3, 1, 2), mean, variance
 
 
@@ -147,25 +153,29 @@ class _TiledNorm(torch.autograd.Function):
         grad = grads[0].contiguous(memory_format=torch.channels_last)
         b, c, h, w = x.shape
         affine = weight is not None
-        if c % 8 == 0:
-            out: tuple[Tensor, Tensor | None, Tensor | None]
-            out = torch.ops.aten.native_batch_norm_backward(
+        backward = torch.ops.aten.native_batch_norm_backward
+        out: tuple[Tensor, Tensor | None, Tensor | None]
+        if c % 8 == 0 and torch.get_num_threads() == 1:
+            out = backward(
                 grad, x, weight, None, None, mean, scale, True, EPSILON, [True, affine, affine]
             )
             return out
         # With g the gradient and s = 1 / sd: to the weight s sum(g (x - mean(x))), to the bias
-        # sum(g), to x weight s (g - mean(g) - s^2 (x - mean(x)) mean(g (x - mean(x)))).
+        # sum(g), to x weight s (g - mean(g) - s^2 (x - mean(x)) mean(g (x - mean(x)))). The
+        # built-in takes both sums in one pass.
         tiles, n = _tiles(x), x.numel() // c
         g = grad.permute(0, 2, 3, 1).reshape(-1, tiles * c)
         rows = x.permute(0, 2, 3, 1).reshape(-1, tiles * c)
-        product = g * rows
-        g_sum = g.sum(0).view(tiles, c).sum(0)
-        to_weight = (product.sum(0).view(tiles, c).sum(0) - mean * g_sum) * scale
+        means, scales = torch.stack([mean, scale]).repeat(1, tiles)
+        sums = backward(
+            g, rows, None, None, None, means, scales, True, EPSILON, [False, True, True]
+        )
+        to_weight, g_sum = (s.view(tiles, c).sum(0) for s in sums[1:])
         factor = scale if weight is None else scale * weight
         slope = to_weight * (factor * scale / n)
         shift = slope * mean - factor * (g_sum / n)
         terms = torch.stack([shift, factor, -slope]).repeat(1, tiles)
-        to_x = torch.addcmul(terms[0], g, terms[1], out=product).addcmul_(rows, terms[2])
+        to_x = torch.addcmul(terms[0], g, terms[1]).addcmul_(rows, terms[2])
         to_x = to_x.view(b, h, w, c).permute(0, 3, 1, 2)
         return to_x, to_weight if affine else None, g_sum if affine else None
 
@@ -501,18 +511,36 @@ def max_pool(x: Tensor, k: int, stride: int) -> Tensor:
         return F.max_pool2d(x, k, stride, k // 2)
     nhwc = x.permute(0, 2, 3, 1)
     for axis in (1, 2):
-        nhwc = _running_max(nhwc, k // 2, axis)
-    return nhwc[:, ::stride, ::stride].permute(0, 3, 1, 2)
+        nhwc = _running_max(nhwc, k // 2, axis, stride)
+    return nhwc.permute(0, 3, 1, 2)
 
 
-def _running_max(x: Tensor, reach: int, axis: int) -> Tensor:
-    """Maximum over ``reach`` neighbours on either side along an axis, cut off at the border."""
+def _running_max(x: Tensor, reach: int, axis: int, stride: int) -> Tensor:
+    """Maximum over ``reach`` neighbours on either side along an axis, cut off at the border.
+
+    At every ``stride``-th place only.
+    """
     size = x.shape[axis]
-    out = x.clone()
-    for shift in range(1, min(reach, size - 1) + 1):
-        for start, other in ((0, shift), (shift, 0)):
-            part = out.narrow(axis, start, size - shift)
-            torch.maximum(part, x.narrow(axis, other, size - shift), out=part)
+    if size == 1:
+        return x.clone()
+    places = (size - 1) // stride + 1
+
+    def at(shift: int, first: int, count: int) -> Tensor:
+        start = first * stride + shift
+        return x[(slice(None),) * axis + (slice(start, start + count * stride, stride),)]
+
+    own = at(0, 0, places)
+    out = torch.empty_like(own, memory_format=torch.contiguous_format)
+    inner = min(places, (size - 2) // stride + 1)
+    torch.maximum(own.narrow(axis, 0, inner), at(1, 0, inner), out=out.narrow(axis, 0, inner))
+    if inner < places:
+        out.narrow(axis, inner, 1).copy_(own.narrow(axis, inner, 1))
+    for shift in (-1, *(s for r in range(2, reach + 1) for s in (r, -r))):
+        first = max(0, -(shift // stride))
+        count = min(places, (size - 1 - shift) // stride + 1) - first
+        if count > 0:
+            part = out.narrow(axis, first, count)
+            torch.maximum(part, at(shift, first, count), out=part)
     return out
 
 

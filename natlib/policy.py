@@ -316,10 +316,11 @@ class GCNLogits(nn.Module):
             ],
             1,
         )
-        by_slot = self.project.weight.view(-1, slots, e).permute(1, 2, 0)
-        terms = torch.bmm(self.edge.weight.view(slots, -1, e), by_slot).flatten(0, 1)
-        whole = torch.cat([self.input.weight, self.kind.weight]) @ self.project.weight.T
-        return torch.addmm(self.project.bias, picks.to(terms.dtype), torch.cat([terms, whole]))
+        # Each slot's embeddings in its own columns: all terms are then one product.
+        by_slot = torch.split(self.edge.weight, self.primitives)
+        wide = [F.pad(w, (i * e, (slots - 1 - i) * e)) for i, w in enumerate(by_slot)]
+        terms = torch.cat([*wide, self.input.weight, self.kind.weight]) @ self.project.weight.T
+        return torch.addmm(self.project.bias, picks.to(terms.dtype), terms)
 
     def forward(self, batch: CellBatch) -> Tensor:
         """Compute logits (B, N, D, K); raises NatlibError where a node has too many inputs."""

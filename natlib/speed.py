@@ -5,6 +5,7 @@ Nothing is measured here; ``scripts/bench.py`` says what each figure is and how 
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from natlib.drawing import CYCLE, GREY, INK, MARKERS, Chart, start_chart
 from natlib.errors import NatlibError
 from natlib.files import read_json
+from natlib.published import PAPER
 
 Bench = Mapping[str, Any]
 """What scripts/bench.py wrote: ``peaks``, ``figures``, ``scaling``, machine and versions."""
@@ -81,6 +83,31 @@ def speed_table(bench: Bench, here: Bench | None = None) -> pd.DataFrame:
             ratio = other["ratio"] if other else None
             row["times better here"] = _spread(ratio) if ratio else "–"
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def released_table(bench: Bench, path: Path = PAPER / "released_speed.csv") -> pd.DataFrame:
+    """Set the authors' released code, measured apart from ``bench``, beside ours.
+
+    Raises NatlibError where ``path`` names a figure, or a unit of it, that ``bench`` lacks.
+    """
+    figures = {(f["name"], f["size"], f["threads"], f["unit"]): f for f in bench["figures"]}
+    rows = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            key = (row["name"], row["size"], int(row["threads"]), row["unit"])
+            if key not in figures:
+                raise NatlibError(f"{path}: the bench has no figure {', '.join(map(str, key))}")
+            figure, released = figures[key], float(row["value"])
+            ratio = figure["ours"]["median"] / released
+            rows.append(
+                {
+                    "what": label(figure),
+                    "released": f"{_number(released)} {row['unit']}",
+                    "ours": f"{_number(figure['ours']['median'])} {row['unit']}",
+                    "times better": _number(ratio if row["unit"].endswith("/s") else 1 / ratio),
+                }
+            )
     return pd.DataFrame(rows)
 
 

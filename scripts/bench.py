@@ -16,6 +16,7 @@ write once. Shares are of what this machine's own matrix product and memory copy
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -834,6 +835,7 @@ def accept() -> int:
 
 def measure(plan: Plan, groups: Sequence[str]) -> Bench:
     """Take the figures of the given groups, printing each."""
+    gc.freeze()  # as worker processes do
     bench = Bench(plan)
     bench.measure_peaks()
     print(HEADER)

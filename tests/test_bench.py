@@ -72,6 +72,24 @@ def test_a_process_beside_works_while_it_is_not_waited_for() -> None:
             other.finish()
 
 
+def test_the_released_code_stands_beside_ours(tmp_path: Path) -> None:
+    fast = {"name": "step", "size": "published", "threads": 2, "unit": "images/s"}
+    small = {"name": "memory", "size": "", "threads": 1, "unit": "MB"}
+    figures = [{**fast, "ours": {"median": 46.0}}, {**small, "ours": {"median": 1000.0}}]
+    file = tmp_path / "released.csv"
+    file.write_text(
+        "name,size,threads,unit,value\nstep,published,2,images/s,23\nmemory,,1,MB,2500\n"
+    )
+    assert speed.released_table({"figures": figures}, file).to_dict("list") == {
+        "what": ["step, published, 2 cores", "memory"],
+        "released": ["23 images/s", "2,500 MB"],
+        "ours": ["46 images/s", "1,000 MB"],
+        "times better": ["2", "2.5"],
+    }
+    with pytest.raises(NatlibError, match="no figure memory, , 1, MB"):
+        speed.released_table({"figures": figures[:1]}, file)
+
+
 # --- the quick run --------------------------------------------------------------------------------
 
 BOTH = [(size, threads) for size in ("published", "reduced") for threads in (1, 2)]
@@ -151,6 +169,7 @@ def test_tables_and_pictures_show_all_of_it(quick: tuple[dict[str, Any], str, Pa
     content, _, path = quick
     read = speed.read_bench(path)
     assert read == content
+    assert len(speed.released_table(read)) == 8
     table = speed.speed_table(read)
     assert len(set(table["what"])) == len(table) == len(read["figures"])
     for figure, shown in zip(read["figures"], table["target"], strict=True):

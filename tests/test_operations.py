@@ -418,9 +418,15 @@ def test_depthwise_gradients_are_those_of_the_plain_convolution(
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(3, 20, 6, 6), (5, 3, 7, 9), (4, 8, 4, 4), (1, 40, 2, 1)])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_batch_norm_of_few_channels_equals_the_builtin(
-    shape: tuple[int, ...], affine: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+    threads: int,
+    shape: tuple[int, ...],
+    affine: bool,
+    shared: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x = normal(*shape, last=True).mul(3).add(2).requires_grad_()
     layers, results = [BatchNorm(shape[1], shared, affine).double() for _ in range(2)], []
     for few, layer in zip((True, False), layers, strict=True):
@@ -430,7 +436,7 @@ def test_batch_norm_of_few_channels_equals_the_builtin(
         monkeypatch.setattr(operations, "_few_channels", lambda x, few=few: few)
         y = layer(x)
         with torch.no_grad():
-            close(layer(x), y)
+            close(layer(x.clone()), y)
         results.append(
             (y, *torch.autograd.grad(y, [x, *layer.parameters()], normal(*shape, seed=9)))
         )
@@ -440,13 +446,18 @@ def test_batch_norm_of_few_channels_equals_the_builtin(
         close(mine, builtin)
 
 
-def test_which_batch_norms_are_tiled() -> None:
-    wide = torch.zeros(64, 48, 16, 16).contiguous(memory_format=torch.channels_last)
-    few = torch.zeros(64, 20, 16, 16).contiguous(memory_format=torch.channels_last)
-    assert operations._few_channels(few)
-    assert not operations._few_channels(wide)
-    assert not operations._few_channels(few.contiguous())
-    assert not operations._few_channels(few[:8])
+@pytest.mark.parametrize(
+    ("threads", "tiled", "few"), [(1, {8, 12, 20, 28}, 8), (2, {8, 12, 16, 20, 24, 28, 32, 40}, 1)]
+)
+def test_which_batch_norms_are_tiled(
+    threads: int, tiled: set[int], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for channels in (8, 12, 16, 20, 24, 28, 32, 40, 48):
+        x = torch.zeros(128, channels, 16, 16).contiguous(memory_format=torch.channels_last)
+        assert operations._few_channels(x) is (channels in tiled)
+        assert not operations._few_channels(x.contiguous())
+        assert not operations._few_channels(x[:few])
 
 
 @pytest.mark.parametrize("last", [True, False])
