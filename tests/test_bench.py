@@ -72,6 +72,14 @@ def test_a_process_beside_works_while_it_is_not_waited_for() -> None:
             other.finish()
 
 
+def test_at_both_peaks_operations_and_bytes_take_their_time_in_turn() -> None:
+    ours = {"of_matmul": 0.25, "of_copy": 0.5}
+    figure = {"ratio": {"median": 1.5}, "roofline": {"ours": ours, "plain": {}}}
+    assert speed.best_ratio(figure) == pytest.approx(2.0)
+    assert math.isnan(speed.best_ratio({**figure, "ratio": None}))
+    assert math.isnan(speed.best_ratio({**figure, "roofline": {}}))
+
+
 def test_the_released_code_stands_beside_ours(tmp_path: Path) -> None:
     fast = {"name": "step", "size": "published", "threads": 2, "unit": "images/s"}
     small = {"name": "memory", "size": "", "threads": 1, "unit": "MB"}
