@@ -89,16 +89,20 @@ def speed_table(bench: Bench, here: Bench | None = None) -> pd.DataFrame:
 def released_table(bench: Bench, path: Path = PAPER / "released_speed.csv") -> pd.DataFrame:
     """Set the authors' released code, measured apart from ``bench``, beside ours.
 
-    Raises NatlibError where ``path`` names a figure, or a unit of it, that ``bench`` lacks.
+    Lines of ``path`` without a size stand for the first figure of their name. Raises NatlibError
+    where ``path`` names a figure, or a unit of it, that ``bench`` lacks.
     """
-    figures = {(f["name"], f["size"], f["threads"], f["unit"]): f for f in bench["figures"]}
     rows = []
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            key = (row["name"], row["size"], int(row["threads"]), row["unit"])
-            if key not in figures:
-                raise NatlibError(f"{path}: the bench has no figure {', '.join(map(str, key))}")
-            figure, released = figures[key], float(row["value"])
+            name, size, threads = row["name"], row["size"], int(row["threads"])
+            figure = next(
+                (f for f in bench["figures"] if (f["name"], f["unit"]) == (name, row["unit"])
+                 and f["threads"] == threads and size in ("", f["size"])), None,
+            )  # fmt: skip
+            if figure is None:
+                raise NatlibError(f"{path}: the bench has no figure {', '.join(row.values())}")
+            released = float(row["value"])
             ratio = figure["ours"]["median"] / released
             rows.append(
                 {
