@@ -160,6 +160,6 @@ stale: $(SETUP) ## list records that older source code made
 clean: ## remove executed notebooks and the book; keep records, data and .venv
 	rm -rf .make book/executed book/_build runs/failed runs/verify
 
-distclean: clean ## remove everything that was made, records, data and .venv too
-	rm -rf .venv runs data natlib.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+distclean: clean ## remove everything that was made, records and .venv too; keep data
+	rm -rf .venv runs natlib.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

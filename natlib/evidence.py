@@ -143,18 +143,21 @@ def recorded(page: str, scale: str = LONG) -> Table:
     caption = (
         f"Recorded at the {scale} scale: {result['about']}. {f'n = {counts[0]}' if same else 'n'} "
         "seeds each; ± and brackets are 95 % intervals over them, but changes of cost: the median "
-        "seed [the least, the greatest]. p by the first change of a row, corrected for all rows. "
-        f"{_about_shared(frame)}Computing time "
+        "seed [the least, the greatest]. p by the first change of a row, corrected for all rows of "
+        "this table (the scorecard corrects for all its claims), none where fewer than two seeds "
+        f"changed. {_about_columns(frame)}Computing time "
         f"{'; '.join(f'{duration(t)} on {m}' for m, t in result['seconds'].items())}; "
         f"code: {result['code']}."
     )
     return Table(frame, caption)
 
 
-def _about_shared(frame: pd.DataFrame) -> str:
-    if SHARED not in frame:
-        return ""
-    return "By shared weights: an original's accuracy (%), a rewriting's change (points). "
+def _about_columns(frame: pd.DataFrame) -> str:
+    said = {
+        "live MAdds change (%)": "Live MAdds leave out edges into nodes that nothing reads. ",
+        SHARED: "By shared weights: an original's accuracy (%), a rewriting's change (points). ",
+    }
+    return "".join(text for column, text in said.items() if column in frame)
 
 
 def beside(page: str, table: pd.DataFrame, here: str, scale: str = LONG) -> pd.DataFrame:
