@@ -47,6 +47,12 @@ from natlib.transitions import ORIGINAL, TITLES, free
 
 LEARNED = 0.3
 """See ``Comparison.learned``."""
+STANDING = {
+    True: "The originals learned enough here for a verdict.",
+    False: "The originals learned too little here for any verdict: what follows shows that all of "
+    "it runs, and how much chance there is in it.",
+}
+"""What pages say of ``Comparison.learned``."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +353,8 @@ class Comparison:
 
         Sizes of images and networks, numbers of seeds and trainings; ``mixed_nat`` and the like,
         the mixed change of each method; ``lowest`` and ``highest`` mean accuracy of an original,
-        and ``chance``, what guessing would get (%).
+        and ``chance``, what guessing would get (%); ``standing``, whether a claim can be judged by
+        it (see ``learned``).
         """
         originals = [100 * np.mean(self.accuracy(ORIGINAL, n)) for n in self.networks]
         mixed = {
@@ -368,6 +375,7 @@ class Comparison:
             "lowest": float(min(originals)),
             "highest": float(max(originals)),
             "chance": 100 / splits(self.images).classes,
+            "standing": STANDING[self.learned],
         }
 
     def _machines(self) -> str:

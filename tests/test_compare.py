@@ -83,6 +83,9 @@ def test_a_page_is_told_sizes_and_the_range_of_the_originals(made_images: None) 
     assert f"{told['trainings']} trainings on {told['train']} images" in result.about()
     assert (told["lowest"], told["highest"], told["chance"]) == pytest.approx((30, 60, 25))
     assert told["mixed_natpp"].startswith("+10.0")
+    assert "too little" in told["standing"]  # VGG16's 30 %, where guessing gets 25
+    good = by_hand({(ORIGINAL, "VGG16"): [0.6, 0.7], ("NAT", "VGG16"): [0.6, 0.5]})
+    assert good.told()["standing"].endswith("enough here for a verdict.")
     assert not {"mixed_nat", "mixed_nao"} & told.keys()
     assert (told["seeds"], told["trainings"]) == (3, 9)
     sizes = {"train": 48, "side": 8, "epochs": 1, "width": 0.125, "channels": 8, "cells": 2}
