@@ -15,7 +15,7 @@ from natlib.baselines import NAOConfig, closure, nao
 from natlib.cost import network_cost
 from natlib.drawing import CYCLE, MARKERS, Chart, start_chart
 from natlib.errors import NatlibError
-from natlib.evidence import DROPPED, LEARNED_ENOUGH
+from natlib.evidence import DROPPED, LEARNED_ENOUGH, LIVE
 from natlib.genotype import INPUTS, Genotype
 from natlib.macro import BlockMacro, Macro, MacroConfig
 from natlib.published import RELEASED, answers, printed_costs
@@ -443,7 +443,7 @@ class Comparison:
                 network_cost(g.pruned(), macro).madds / own.madds - 1
                 for g in self.genotypes[method][network]
             ]
-            row["live MAdds change (%)"] = live
+            row[LIVE] = live
             row["rewritten"] = [float(changed) for changed in self.rewritten(method, network)]
         for method in self.methods:
             groups = [

@@ -32,6 +32,11 @@ UNSHOWN = (DROPPED, LEARNED_ENOUGH)
 
 EACH = "each architecture"
 
+LIVE = "live MAdds change (%)"
+"""Column: change of MAdds without edges into nodes that nothing reads."""
+
+CORRECTED = "p (Holm)"
+
 LONG = "extended"
 
 SHARED = "by shared weights"
@@ -139,13 +144,11 @@ def recorded(page: str, scale: str = LONG) -> Table:
     if not same:
         frame["n"] = counts
     if not all(map(math.isnan, p)):
-        frame["p (Holm)"] = holm(p)
+        frame[CORRECTED] = holm(p)
     caption = (
         f"Recorded at the {scale} scale: {result['about']}. {f'n = {counts[0]}' if same else 'n'} "
         "seeds each; ± and brackets are 95 % intervals over them, but changes of cost: the median "
-        "seed [the least, the greatest]. p by the first change of a row, corrected for all rows of "
-        "this table (the scorecard corrects for all its claims), none where fewer than two seeds "
-        f"changed. {_about_columns(frame)}Computing time "
+        f"seed [the least, the greatest]. {_about_columns(frame)}Computing time "
         f"{'; '.join(f'{duration(t)} on {m}' for m, t in result['seconds'].items())}; "
         f"code: {result['code']}."
     )
@@ -154,7 +157,9 @@ def recorded(page: str, scale: str = LONG) -> Table:
 
 def _about_columns(frame: pd.DataFrame) -> str:
     said = {
-        "live MAdds change (%)": "Live MAdds leave out edges into nodes that nothing reads. ",
+        CORRECTED: "p by the first change of a row, corrected for all rows of this table (the "
+        "scorecard corrects for all its claims), none where fewer than two seeds changed. ",
+        LIVE: "Live MAdds leave out edges into nodes that nothing reads. ",
         SHARED: "By shared weights: an original's accuracy (%), a rewriting's change (points). ",
     }
     return "".join(text for column, text in said.items() if column in frame)

@@ -5,7 +5,6 @@ Nothing is measured here; ``scripts/bench.py`` says what each figure is and how 
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,25 +92,28 @@ def released_table(bench: Bench, path: Path = PAPER / "released_speed.csv") -> p
     where ``path`` names a figure, or a unit of it, that ``bench`` lacks.
     """
     rows = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            name, size, threads = row["name"], row["size"], int(row["threads"])
-            figure = next(
-                (f for f in bench["figures"] if (f["name"], f["unit"]) == (name, row["unit"])
-                 and f["threads"] == threads and size in ("", f["size"])), None,
-            )  # fmt: skip
-            if figure is None:
-                raise NatlibError(f"{path}: the bench has no figure {', '.join(row.values())}")
-            released = float(row["value"])
-            ratio = figure["ours"]["median"] / released
-            rows.append(
-                {
-                    "what": label(figure),
-                    "released": f"{_number(released)} {row['unit']}",
-                    "ours": f"{_number(figure['ours']['median'])} {row['unit']}",
-                    "times better": _number(ratio if row["unit"].endswith("/s") else 1 / ratio),
-                }
+    for row in pd.read_csv(path, keep_default_na=False).to_dict("records"):
+        name, size, threads, unit, released = row.values()
+        figure = next(
+            (f for f in bench["figures"]
+             if (f["name"], f["threads"], f["unit"]) == (name, threads, unit)
+             and size in ("", f["size"])), None,
+        )  # fmt: skip
+        if figure is None:
+            raise NatlibError(
+                f"{path}: the bench has no figure {', '.join(map(str, row.values()))}"
             )
+        ours = figure["ours"]["median"]
+        rows.append(
+            {
+                "what": label(figure),
+                "released": f"{_number(released)} {unit}",
+                "ours": f"{_number(ours)} {unit}",
+                "times better": _number(
+                    ours / released if unit.endswith("/s") else released / ours
+                ),
+            }
+        )
     return pd.DataFrame(rows)
 
 
