@@ -46,13 +46,21 @@ from natlib.train import DataConfig, TrainConfig, splits, stream, train_standalo
 from natlib.transitions import ORIGINAL, TITLES, free
 
 LEARNED = 0.3
-"""See ``Comparison.learned``."""
+"""See ``learned_enough``."""
 STANDING = {
     True: "The originals learned enough here for a verdict.",
     False: "The originals learned too little here for any verdict: what follows shows that all of "
     "it runs, and how much chance there is in it.",
 }
 """What pages say of ``Comparison.learned``."""
+
+
+def learned_enough(accuracy: float, chance: float) -> bool:
+    """Whether an original went three tenths of the way from ``chance``, that of guessing, to 1.
+
+    Below that networks from scratch say nothing of one another.
+    """
+    return accuracy >= chance + LEARNED * (1 - chance)
 
 
 @dataclass(frozen=True)
@@ -332,13 +340,9 @@ class Comparison:
 
     @property
     def learned(self) -> bool:
-        """Whether every original went three tenths of the way from guessing to all right.
-
-        Below that networks from scratch say nothing of one another.
-        """
-        chance = 1 / splits(self.images).classes
+        """Whether every original ``learned_enough``."""
         means = [float(np.mean(self.accuracy(ORIGINAL, n))) for n in self.networks]
-        return min(means) >= chance + LEARNED * (1 - chance)
+        return learned_enough(min(means), 1 / splits(self.images).classes)
 
     def silent(self, method: str, network: str) -> list[bool]:
         """Whether the network answers every image alike, one a seed: its cells let nothing through.

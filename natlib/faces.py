@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from natlib import data, zoo
+from natlib.compare import learned_enough
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
+from natlib.evidence import LEARNED_ENOUGH
 from natlib.genotype import Genotype
 from natlib.macro import MacroConfig
 from natlib.network import CellNetwork
@@ -215,7 +217,10 @@ def cells(
 
 
 def rows(found: Mapping[str, Sequence[Sequence[Record]]]) -> dict[str, dict[str, list[float]]]:
-    """Rows for ``evidence.keep`` of what ``trained`` gives: accuracy, its change, that of MAdds."""
+    """Rows for ``evidence.keep`` of what ``trained`` gives: accuracy, its change, that of MAdds.
+
+    Half of all pairs show one person: guessing gets those right.
+    """
     accuracy = {method: accuracies(by_seed) for method, by_seed in found.items()}
     madds = {
         method: [np.mean([r.result["madds"] for r in group]) for group in by_seed]
@@ -224,7 +229,10 @@ def rows(found: Mapping[str, Sequence[Sequence[Record]]]) -> dict[str, dict[str,
     kept = {}
     for method, values in accuracy.items():
         kept[method] = {"accuracy (%)": values}
-        if method != ORIGINAL:
+        if method == ORIGINAL:
+            learned = learned_enough(float(np.mean(values)), 1 / 2)
+            kept[method][LEARNED_ENOUGH] = [float(learned)] * len(values)
+        else:
             change = np.subtract(values, accuracy[ORIGINAL])
             kept[method]["change (points)"] = change.tolist()
             kept[method]["MAdds change (%)"] = (

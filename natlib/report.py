@@ -24,13 +24,9 @@ from natlib.drawing import (
     BLUE,
     CYCLE,
     DASHES,
-    GREEN,
     INK,
-    KINDS,
     MARKERS,
     ORANGE,
-    PURPLE,
-    RED,
     WIDTH,
     Chart,
     cell_to_dot,
@@ -45,19 +41,16 @@ from natlib.drawing import (
     style,
 )  # fmt: skip
 from natlib.errors import NatlibError
-from natlib.primitives import Cost, primitive
 from natlib.records import Record
 
 __all__ = [
     "Chart",
     "Claim",
     "Interval",
-    "Measured",
     "RankCorrelation",
     "Table",
     "block_means",
     "cell_to_dot",
-    "comparison_table",
     "describe_cell",
     "draw_cell",
     "draw_genotype",
@@ -76,7 +69,6 @@ __all__ = [
     "plot_intervals",
     "plot_plane",
     "plot_primitive_costs",
-    "plot_probabilities",
     "plot_scatter",
     "plot_transition_scheme",
     "probability_map",
@@ -329,36 +321,6 @@ def plot_curves(
     return chart
 
 
-def plot_probabilities(
-    probabilities: ArrayLike, names: Sequence[str], x: ArrayLike | None = None,
-    xlabel: str = "policy step", title: str = "",
-) -> Chart:  # fmt: skip
-    """Draw how the mean probability of each primitive moves, (steps, K) array.
-
-    Colour says the kind and dashes the kernel. Raises NatlibError if K does not fit ``names``.
-    """
-    values = np.asarray(probabilities, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] != len(names):
-        raise NatlibError(f"probabilities {values.shape} do not fit {len(names)} names")
-    steps = np.arange(1, len(values) + 1) if x is None else np.asarray(x)
-    chart = start_chart(285, "")
-    axes = chart.subplots()
-    colors = dict(zip(KINDS, (BLUE, GREEN, PURPLE, ORANGE, RED, INK, "#8a8a8a"), strict=True))
-    dash = {5: "-", 3: "--", 1: "-.", 0: "-"}
-    for k in np.argsort(-values[-1], kind="stable"):
-        p = primitive(names[k])
-        axes.plot(steps, values[:, k], color=colors[p.kind], ls=dash.get(p.size, ":"),
-                  label=short_name(names[k]))  # fmt: skip
-    axes.set(xlabel=xlabel, ylabel="mean probability", ylim=(0, None))
-    if title:
-        axes.set_title(title)
-    chart.legend(loc="outside lower center", ncols=5, columnspacing=0.9, handlelength=1.6)
-    last = ", ".join(f"{names[k]} {values[0, k]:.2f} to {values[-1, k]:.2f}"
-                     for k in np.argsort(-values[-1], kind="stable"))  # fmt: skip
-    chart.alt = f"{title or 'Probabilities'}: mean probability from first to last step: {last}."
-    return chart
-
-
 def probability_map(matrix: ArrayLike, names: Sequence[str], title: str = "") -> Chart:
     """Draw probabilities (K, K) of moving from a primitive (row) to another (column).
 
@@ -576,71 +538,6 @@ def load_reported(path: Path = REPORTED) -> pd.DataFrame:
         raise NatlibError(f"{path}, line {i + 2}: the same paper, table, dataset, architecture and "
                           "method stand in an earlier line")  # fmt: skip
     return frame
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What we measured for one table cell: costs in units, accuracies as fractions, one a seed.
-
-    Raises NatlibError on an accuracy outside 0..1.
-    """
-
-    dataset: str
-    architecture: str
-    method: str
-    cost: Cost | None = None
-    top1: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for value in self.top1:
-            if not 0 <= value <= 1:
-                raise NatlibError(f"accuracy {value} is not a fraction of 0..1")
-
-    @property
-    def accuracy(self) -> str:
-        """The mean in percent, with its interval where there are two seeds or more."""
-        if not self.top1:
-            return "–"
-        if len(self.top1) == 1:
-            return f"{100 * self.top1[0]:.1f} (n = 1)"
-        return format_interval(interval(self.top1), signed=False)
-
-
-def comparison_table(
-    measured: Iterable[Measured], table: str, reported: pd.DataFrame | None = None,
-    recorded: Iterable[Measured] = (), ours: str = "this machine",
-) -> pd.DataFrame:  # fmt: skip
-    """Put a published table beside our figures, a row for each data set, architecture and method.
-
-    ``table`` names the table in ``paper/reported.csv`` (``Table 1 (hand-crafted)``); its rows that
-    we did not measure stay, with dashes, and so do ours that were not published. ``recorded`` are
-    our long recorded runs. Raises NatlibError on a table that does not exist.
-    """
-    published = load_reported() if reported is None else reported
-    if table not in set(published["table"]):
-        raise NatlibError(f"no table {table!r}; there are {sorted(set(published['table']))}")
-    keys = ("dataset", "architecture", "method")
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for _, line in published[published["table"] == table].iterrows():
-        rows[tuple(str(line[k]) for k in keys)] = {
-            "params (M), paper": line["params_m"],
-            "MAdds (M), paper": line["madds_m"],
-            "top-1 (%), paper": line["top1"],
-        }
-    for group, name in ((tuple(recorded), "recorded"), (tuple(measured), ours)):
-        for m in group:
-            row = rows.setdefault((m.dataset, m.architecture, m.method), {})
-            if m.cost:
-                row["params (M), ours"] = m.cost.params / 1e6
-                row["MAdds (M), ours"] = m.cost.madds / 1e6
-            row[f"top-1 (%), {name}"] = m.accuracy
-    columns = [*keys, *(f"{what}, {who}" for what in ("params (M)", "MAdds (M)")
-                        for who in ("paper", "ours")),
-               *(f"top-1 (%), {who}" for who in ("paper", "recorded", ours))]  # fmt: skip
-    frame = pd.DataFrame(
-        [dict(zip(keys, key, strict=True)) | row for key, row in rows.items()]
-    ).reindex(columns=columns)
-    return frame.dropna(axis="columns", how="all")
 
 
 # Claims --------------------------------------------------------------------------------------

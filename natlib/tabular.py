@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import combinations
 from typing import Any
@@ -115,8 +115,13 @@ class Space:
         return out, rest
 
 
-def from_natbench() -> Space:
-    """Return natbench as a space; raises NatlibError while its table is not complete."""
+def from_natbench(chooses: int | None = None) -> Space:
+    """Return natbench as a space; raises NatlibError while its table is not complete.
+
+    Accuracies are means over both trainings; or, if ``chooses`` is the seed of one, validation
+    accuracy is that training's and test accuracy the other's. Test images alone do not make a
+    report independent of the choice: a training that happened to go well does so on both.
+    """
     table = natbench.load()
     if not table.complete:
         raise NatlibError(
@@ -125,8 +130,27 @@ def from_natbench() -> Space:
             "trains the rest"
         )
     strides = tuple((1, 2) if source < 2 else (1,) for source, _ in natbench.EDGES)
-    return _space("natbench", PRIMITIVES, natbench.EDGES, strides, table.entries,
-                  [e.trained_as for e in table.entries], str(table.card["sha256"]))  # fmt: skip
+    name = "natbench" if chooses is None else f"natbench {chooses}"
+    space = _space(name, PRIMITIVES, natbench.EDGES, strides, table.entries,
+                   [e.trained_as for e in table.entries], str(table.card["sha256"]))  # fmt: skip
+    if chooses is None:
+        return space
+    by_training = {
+        what: np.array([getattr(e, what) for e in table.entries]) for what in ("validation", "test")
+    }
+    one = natbench.SEEDS.index(chooses)
+    return replace(
+        space, validation=by_training["validation"][:, one], test=by_training["test"][:, 1 - one]
+    )
+
+
+def in_turn(name: str, seed: int) -> str:
+    """Return the space that seed ``seed`` of a study works in.
+
+    On natbench seeds take turns: by the first training of all architectures even ones learn and
+    choose, by the second odd ones, and each reports the other's. Any other space is itself.
+    """
+    return f"natbench {natbench.SEEDS[seed % 2]}" if name == "natbench" else name
 
 
 def from_nasbench201(dataset: str) -> Space:
@@ -164,7 +188,7 @@ def _space(
 
 def checksum(name: str) -> str:
     """Return the checksum of the table behind a space, which need not be there, or be complete."""
-    if name == "natbench":
+    if name.split()[0] == "natbench":
         return str(natbench.load().card["sha256"])
     return nasbench201.CONTENT
 
@@ -180,16 +204,21 @@ def lacks(name: str) -> str:
 
 @lru_cache(maxsize=4)
 def load(name: str) -> Space:
-    """Return the space called ``natbench`` or ``nasbench201 DATASET``.
+    """Return the space called ``natbench``, ``natbench SEED`` or ``nasbench201 DATASET``.
+
+    The second is ``from_natbench(SEED)``.
 
     Raises NatlibError on another name, and where its table is missing or not complete.
     """
     match name.split():
         case ["natbench"]:
             return from_natbench()
+        case ["natbench", seed] if seed in map(str, natbench.SEEDS):
+            return from_natbench(int(seed))
         case ["nasbench201", dataset]:
             return from_nasbench201(dataset)
-    raise NatlibError(f"space {name!r} is not one of 'natbench', 'nasbench201 DATASET'")
+    known = "'natbench', 'natbench 0', 'natbench 1', 'nasbench201 DATASET'"
+    raise NatlibError(f"space {name!r} is not one of {known}")
 
 
 # What the gain comes from ------------------------------------------------------------------------

@@ -578,6 +578,7 @@ class Study:
 class Setting:
     """What a chapter and the scorecard share: a space, seeds, and variations of one learner.
 
+    Each seed works in ``tabular.in_turn`` of the space.
     ``learner`` maps fields of ``Learner``, ``gcn`` and ``lstm`` those of its networks; mappings
     come from experiments.yml. See ``methods`` for what is varied, ``TruthConfig`` for the rest.
     """
@@ -645,7 +646,15 @@ class Setting:
         """Return a study with further learners, on the same seeds and held-out inputs."""
         policies = tuple(learners.items())
         configs = [
-            TruthConfig(self.space, seed, policies, (), self.held_out, self.samples, self.chosen)
+            TruthConfig(
+                tabular.in_turn(self.space, seed),
+                seed,
+                policies,
+                (),
+                self.held_out,
+                self.samples,
+                self.chosen,
+            )
             for seed in range(self.seeds)
         ]
         found, _ = _records("truth", self.space, configs, study, workers, scale)
@@ -661,7 +670,15 @@ class Setting:
         policies = tuple(self.methods(varied).items())
         # Searches train nothing: a change of the learner leaves their records as they are.
         configs = [
-            TruthConfig(space, seed, methods, searches, self.held_out, self.samples, self.chosen)
+            TruthConfig(
+                tabular.in_turn(space, seed),
+                seed,
+                methods,
+                searches,
+                self.held_out,
+                self.samples,
+                self.chosen,
+            )
             for methods, searches in ((policies, ()), ((), SEARCHES))[: 1 + varied]
             for seed in range(self.seeds)
         ]

@@ -280,8 +280,8 @@ def main() -> int:
     print("  (600 epochs of DARTS in about 24 h: issue 80 of quark0/darts); not measured here.")
     print("Memory: peak of one worker, weights, gradients, momentum, activations, images.")
     print(f"Disk: weights and checkpoints; with the data {whole}. A network that rewriting will")
-    print("  choose is counted at the cost of its input, which it may not exceed. Records are")
-    print("  counted once, at the first notebook that asks for them.")
+    print("  choose is counted at the cost of its input: those of NAT and NAT++ may not exceed it,")
+    print("  those of NAO may. Records are counted once, at the first notebook that asks for them.")
     if total.unknown:
         print(f"Not estimated: records of kind {', '.join(total.unknown)}.")
     if arguments.json:

@@ -117,6 +117,37 @@ def tolerance(groups: list[list[float]]) -> float | None:
     return allowed
 
 
+def changes(record: Record) -> dict[str, list[float]]:
+    """Return the changes of accuracy in what a page kept, by row and column: one value a seed."""
+    return {
+        f"{row}: {column}": values
+        for row, columns in record.result["rows"].items()
+        for column, values in columns.items()
+        if "change" in column and "change (%)" not in column and len(values) > 1
+    }
+
+
+def page_rows(references: list[Record], here: list[Record]) -> list[tuple[Any, ...]]:
+    """Compare mean changes page by page; the tolerance is by the seeds' spread, page by page.
+
+    Records of pages have no key in common, as it says what was found.
+    """
+    mine = {r.config["page"]: changes(r) for r in here if r.kind == PAGE}
+    rows: list[tuple[Any, ...]] = []
+    for reference in references:
+        if reference.kind != PAGE or (page := reference.config["page"]) not in mine:
+            continue
+        recorded = changes(reference)
+        # What a method left as it was in all seeds has no spread to learn from.
+        limit = tolerance([v for v in recorded.values() if len(set(v)) > 1])
+        for name, values in recorded.items():
+            mean, own = math.fsum(values) / len(values), mine[page].get(name)
+            other = math.fsum(own) / len(own) if own else MISSING
+            allowed = None if limit is None else limit / math.sqrt(len(values))
+            rows.append((PAGE, page, name, mean, other, allowed, judge(mean, other, allowed)))
+    return rows
+
+
 def judge(reference: float | str, here: float | str, allowed: float | None) -> str:
     """Return the verdict on one cell: same, inside, OUTSIDE or (without tolerance) not judged."""
     if isinstance(reference, str) or isinstance(here, str):
@@ -247,7 +278,11 @@ def verify(scale: str) -> int:
             rows.append(
                 (reference.kind, reference.key, metric, value, mine.get(metric), allowed, verdict)
             )
+    rows += page_rows(references, [r for used in used_records(scale).values() for r in used])
     print_table(rows)
+    pages = {r.config["page"] for r in references if r.kind == PAGE}
+    if apart := sorted(pages - {row[1] for row in rows if row[0] == PAGE}):
+        print(f"not compared, not run on this machine: the changes on {', '.join(apart)}")
     missing = Counter(r.kind for r in references if r.key not in here and r.kind != PAGE)
     for kind, count in sorted(missing.items()):
         print(f"missing on this machine: {count} of kind {kind}")

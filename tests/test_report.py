@@ -252,15 +252,6 @@ def test_curves_of_equal_colour_differ_in_dashes() -> None:
     assert len(looks) == 9
 
 
-def test_probability_curves_are_told_apart_without_names() -> None:
-    values = np.full((4, len(PRIMITIVES)), 1 / len(PRIMITIVES))
-    chart = report.plot_probabilities(values, PRIMITIVES)
-    looks = {(line.get_color(), line.get_linestyle()) for line in chart.axes[0].lines}
-    assert len(looks) == len(PRIMITIVES)
-    with pytest.raises(NatlibError, match="12 names"):
-        report.plot_probabilities(values, PRIMITIVES[1:])
-
-
 def test_scatter_prints_its_correlation() -> None:
     chart = report.plot_scatter([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], "x", "y")
     assert "Spearman ρ = 0.80" in chart.axes[0].get_title(loc="left")
@@ -348,33 +339,6 @@ def test_reported_names_the_faulty_line(tmp_path: Path, old: str, new: str, mess
 def test_reported_missing_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(NatlibError, match="no such file"):
         report.load_reported(tmp_path / "none.csv")
-
-
-def test_comparison_keeps_published_rows_and_ours() -> None:
-    table = "Table 1 (hand-crafted)"
-    cost = Cost(15_200_000, 313_000_000)
-    ours = [
-        report.Measured("CIFAR-10", "VGG16", "original", cost, (0.9, 0.92)),
-        report.Measured("CIFAR-10", "VGG16", "NAT++", None, (0.5,)),
-    ]
-    frame = report.comparison_table(ours, table).set_index(["dataset", "architecture", "method"])
-    published = report.load_reported()
-    assert len(frame) == (published.table == table).sum() + 1
-    first = frame.loc[("CIFAR-10", "VGG16", "original")]
-    assert first["params (M), paper"] == first["params (M), ours"] == 15.2
-    assert first["top-1 (%), paper"] == 93.56
-    assert first["top-1 (%), this machine"] == "91.0 [78.3, 103.7] (n = 2)"
-    added = frame.loc[("CIFAR-10", "VGG16", "NAT++")]
-    assert math.isnan(added["top-1 (%), paper"])
-    assert added["top-1 (%), this machine"] == "50.0 (n = 1)"
-    assert "top-1 (%), recorded" not in frame
-    with pytest.raises(NatlibError, match="Table 9"):
-        report.comparison_table(ours, "Table 9")
-
-
-def test_accuracy_in_percent_is_refused() -> None:
-    with pytest.raises(NatlibError, match=r"93\.5"):
-        report.Measured("CIFAR-10", "VGG16", "NAT", None, (93.5,))
 
 
 # Claims

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -573,6 +574,36 @@ def test_verify_finds_a_metric_that_is_gone_even_without_a_tolerance(verifier: A
     assert verifier.judge(0.5, 0.7, None) == "not judged"
     assert verifier.judge(0.5, verifier.MISSING, None) == "OUTSIDE"
     assert verifier.judge(0.5, verifier.MISSING, 1.0) == "OUTSIDE"
+
+
+def test_verify_compares_the_changes_that_pages_show(
+    verifier: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def page(name: str, rows: dict[str, dict[str, list[float]]]) -> Any:
+        config = {"page": name, "scale": "smoke"}
+        return SimpleNamespace(kind=verifier.PAGE, config=config, result={"rows": rows})
+
+    def rows(learned: list[float]) -> dict[str, dict[str, list[float]]]:
+        return {
+            "original": {"top-1 (%)": [0.5, 0.6, 0.7]},
+            "learned": {"change (points)": learned, "MAdds change (%)": [-0.5, -0.5, -0.6]},
+            "random": {"change (points)": [0.0, 0.01, -0.01], "top-1 (%)": [0.5, 0.6, 0.7]},
+            "nothing": {"change (points)": [0.0, 0.0, 0.0]},
+        }
+
+    reference = [page("one", rows([0.1, 0.11, 0.12])), page("two", rows([0.1, 0.11, 0.12]))]
+    for learned, verdict in (
+        ([0.12, 0.11, 0.1], "same"), ([0.11, 0.12, 0.13], "inside"), ([0.0, 0.01, -0.01], "OUTSIDE")
+    ):  # fmt: skip
+        found = verifier.page_rows(reference, [page("one", rows(learned))])
+        by_name = {row[2]: row[-1] for row in found}
+        assert by_name == {
+            "learned: change (points)": verdict, "random: change (points)": "same",
+            "nothing: change (points)": "same",
+        }  # fmt: skip
+    gone = verifier.page_rows(reference, [page("one", {})])
+    assert {row[-1] for row in gone} == {"OUTSIDE"}
+    assert not verifier.page_rows(reference, [])
 
 
 def test_a_reference_is_not_recorded_while_records_are_gone(verifier: Any, tmp_path: Path) -> None:

@@ -136,3 +136,27 @@ def test_kinds_of_transitions() -> None:
     assert kind_of("max_pool_3x3", "skip_connect") == KINDS[1]
     assert kind_of("skip_connect", "null") == KINDS[2]
     assert kind_of("null", "skip_connect") == KINDS[3]
+
+
+def test_natbench_chosen_by_one_training_and_reported_by_the_other(
+    made_natbench: tabular.Space,
+) -> None:
+    entries = natbench_table().entries
+    for chooses in natbench.SEEDS:
+        space = tabular.from_natbench(chooses)
+        for code in (0, 77, 1234, natbench.SIZE - 1):
+            assert space.validation[code] == entries[code].validation[chooses]
+            assert space.test[code] == entries[code].test[1 - chooses]
+        assert np.array_equal(space.madds, made_natbench.madds)
+        assert tabular.checksum(space.name) == made_natbench.checksum
+
+
+def test_seeds_take_turns_on_natbench_alone() -> None:
+    assert [tabular.in_turn("natbench", seed) for seed in range(3)] == [
+        "natbench 0",
+        "natbench 1",
+        "natbench 0",
+    ]
+    assert tabular.in_turn("nasbench201 cifar10", 1) == "nasbench201 cifar10"
+    with pytest.raises(NatlibError, match="space 'natbench 2' is not one of 'natbench'"):
+        tabular.load("natbench 2")
