@@ -11,7 +11,7 @@ import pytest
 
 from natlib import claims, evidence
 from natlib.claims import BEFORE, CHANGE, MADDS
-from natlib.report import scorecard
+from natlib.report import format_interval, interval, scorecard
 
 TABLE = {
     "A, original": {"top-1 (%)": [0.5, 0.6]},
@@ -165,3 +165,47 @@ def test_the_readme_shows_what_the_long_runs_say() -> None:
     expected = "\n".join(lines)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert expected in readme, f"README.md should show\n{expected}"
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text().replace("\u2212", "-")
+
+
+def test_the_readme_counts_the_claims_of_the_long_runs() -> None:
+    card = scorecard(claims.judge({page: evidence.rows(page) for page in claims.JUDGES}))
+    hold, fail, open_ = (
+        int((card.verdict == v).sum())
+        for v in ("holds", "does not hold", "cannot be decided at this scale")
+    )
+    said = (
+        f"Of {len(card)} claims at the `extended` scale {hold} hold, {fail} do not and {open_} "
+        "cannot be decided."
+    )
+    assert said in " ".join(README.split()), said
+
+
+@pytest.mark.parametrize("scale", ["reduced", "extended"])
+def test_the_readme_shows_the_gains_by_shared_weights(scale: str) -> None:
+    titles = {"argmax": "learned, argmax", "sample": "learned, one sample"}
+    for name, columns in evidence.rows("04_policy", scale).items():
+        rule, how = name.split()
+        line = next(
+            found
+            for found in README.splitlines()
+            if found.startswith(f"| {rule}, {titles.get(how, 'uniform random')} |")
+        )
+        gain = format_interval(interval(columns[CHANGE]), counted=False)
+        saved = f"{100 * np.mean(columns[MADDS]):.0f} %"
+        assert f"| {gain} | {saved} |" in line, (name, gain, saved)
+
+
+def test_the_readme_shows_what_training_from_scratch_says() -> None:
+    for page, network in (("table_2_nas", "DARTS"), ("table_1_handcrafted", "ResNet20")):
+        rows = evidence.rows(page)
+        line = next(found for found in README.splitlines() if found.startswith(f"| {network}, "))
+        original = interval(rows[f"{network}, original"]["top-1 (%)"])
+        half = 100 * (original.high - original.mean)
+        cells = [f"{100 * original.mean:.1f} ± {half:.1f}"]
+        for method in ("NAO", "NAT", "NAT++"):
+            change = interval(rows[f"{network}, {method}"]["change (points)"])
+            cells.append(format_interval(change, counted=False))
+        assert line.endswith(f"| {' | '.join(cells)} |"), cells
