@@ -270,7 +270,7 @@ def _faces(rows: Rows) -> Iterator[Claim]:
     for t in ("NAT", "NAT++"):
         if t in rows:
             text = f"{t} improves face verification (LFW; cells rewritten for objects)"
-            yield _claim(text, "NAT++, faces", interval(rows[t]["change (points)"]))
+            yield _claim(text, "asked by us", interval(rows[t]["change (points)"]))
 
 
 JUDGES: dict[str, Callable[[Rows], Iterator[Claim]]] = {
