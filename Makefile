@@ -18,14 +18,17 @@ SHELL := /bin/bash
 PY     := .venv/bin/python
 SETUP  := .venv/installed
 SCALES := smoke reduced extended paper
-GRAPH   = $(PY) scripts/graph.py --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS))
-EXECUTE = $(PY) scripts/warm.py $$(< .make/shared_imports) -- \
-          $(MAKE) --no-print-directory -j $(NOTEBOOKS) -f .make/graph.mk
+# One for each folder and command: two makes in one folder must not run each other's notebooks.
+PLAN    = .make/graph.$(NATLIB_MAKE)
+GRAPH   = $(PY) scripts/graph.py --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS)) --output $(PLAN)
+EXECUTE = trap 'rm -f $(PLAN).*' EXIT; $(PY) scripts/warm.py $$(< $(PLAN).imports) -- \
+          $(MAKE) --no-print-directory -j $(NOTEBOOKS) -f $(PLAN).mk
 
 # The runner ends when this make was killed.
 export NATLIB_MAKE := $(shell echo $$PPID)
 
-REPORT = runs/transform/$(basename $(notdir $(GENOTYPE))).ipynb
+# By the shell: make would cut names at spaces.
+REPORT = runs/transform/$$(file="$(GENOTYPE)"; file="$${file\#\#*/}"; echo "$${file%.*}")
 
 ifeq ($(filter $(SCALES),$(SCALE)),)
 $(error SCALE=$(SCALE) is not one of: $(SCALES))
@@ -106,13 +109,14 @@ notebook: $(SETUP) ## run one notebook, NAME=..., and what it depends on
 transform: $(SETUP) ## your own architecture, GENOTYPE=cell.json, through the trained policy
 	@$(if $(GENOTYPE),,echo "error: give GENOTYPE=..., a JSON file as README.md describes" >&2; exit 1)
 	@test -f "$(GENOTYPE)" || { echo "error: GENOTYPE=$(GENOTYPE): there is no such file" >&2; exit 1; }
-	@mkdir -p runs/transform && $(PY) -m natlib.export "$(GENOTYPE)" "$(REPORT:.ipynb=.json)" > /dev/null
+	@mkdir -p runs/transform && $(PY) -m natlib.export "$(GENOTYPE)" "$(REPORT).json" > /dev/null
+	@$(PY) scripts/rewritable.py "$(GENOTYPE)" --scale $(SCALE)
 	@$(PY) scripts/dataset.py $(DATASET)
 	@$(GRAPH) 05_transform
 	@$(EXECUTE) upstream
 	@$(PY) scripts/run_notebook.py 05_transform --scale $(SCALE) \
-	  $(if $(WORKERS),--workers $(WORKERS)) --set genotype="$(GENOTYPE)" --output "$(REPORT)"
-	@$(PY) scripts/page.py "$(REPORT)"
+	  $(if $(WORKERS),--workers $(WORKERS)) --set genotype="$(GENOTYPE)" --output "$(REPORT).ipynb"
+	@$(PY) scripts/page.py "$(REPORT).ipynb"
 	@$(DONE)
 
 book: $(SETUP) ## build the book from the executed notebooks; trains nothing

@@ -171,7 +171,7 @@ def rewrite_network(run: Run) -> dict[str, Any]:
         generator = stream(config.seed, "rewrite", config.name, rule)
         policy = load_policy(policy_config, key)
         found = derive(policy, config.genotype, config.samples, score, config.macro, generator)
-        title = TITLES.get(rule, rule)
+        title = TITLES[rule]
         chosen[title] = found.genotype, len(found.candidates), found.dropped
     before, *after = report([config.genotype, *(g for g, _, _ in chosen.values())])
     return {

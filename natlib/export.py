@@ -78,7 +78,15 @@ def _checksum(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_network(network: CellNetwork, path: Path) -> None:
+def _place(path: Path | str) -> Path:
+    """Return a file's path; raise NatlibError where its folder is missing."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise NatlibError(f"{path}: there is no folder {path.parent}")
+    return path
+
+
+def save_network(network: CellNetwork, path: Path | str) -> None:
     """Write a standalone network to one file that ``torch.load(path, weights_only=True)`` reads.
 
     It holds a dict: "natlib_network" (1, the form's version), "description" (JSON of genotype and
@@ -87,7 +95,7 @@ def save_network(network: CellNetwork, path: Path) -> None:
     names and bytes). Written whole or not at all. Raises NatlibError for a supernet and for shared
     batch norms.
     """
-    genotype = _require_standalone(network)
+    genotype, path = _require_standalone(network), _place(path)
     description = {"genotype": genotype.to_json(), "macro": as_json(network.macro)}
     names = CellNetwork(network.macro, genotype=genotype, device="meta").state_dict()
     state = network.state_dict()
@@ -102,7 +110,7 @@ def save_network(network: CellNetwork, path: Path) -> None:
         torch.save(content, temporary)
 
 
-def load_network(path: Path) -> CellNetwork:
+def load_network(path: Path | str) -> CellNetwork:
     """Rebuild the network that ``save_network`` wrote, on the CPU and in evaluation mode.
 
     Raises NatlibError, naming the file, if it is missing, corrupt, no such file, or if its weights
@@ -147,14 +155,14 @@ def load_network(path: Path) -> CellNetwork:
     return network.eval()
 
 
-def to_onnx(network: CellNetwork, path: Path) -> None:
+def to_onnx(network: CellNetwork, path: Path | str) -> None:
     """Write a standalone network as ONNX, opset ``OPSET``, in evaluation mode, one file.
 
     Input "images", float32 (batch, image_channels, H, W), normalised; output "logits", (batch,
     classes); the batch may have any size. The file's metadata hold genotype and macro as JSON.
     Raises NatlibError for a supernet and for shared batch norms, and if a package is missing.
     """
-    genotype = _require_standalone(network)
+    genotype, path = _require_standalone(network), _place(path)
     if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
         raise NatlibError(
             f"ONNX export needs {' and '.join(missing)}, which is not installed: "
@@ -182,12 +190,13 @@ def to_onnx(network: CellNetwork, path: Path) -> None:
         program.save(temporary, external_data=False)
 
 
-def save_genotype(genotype: Genotype, path: Path) -> None:
+def save_genotype(genotype: Genotype, path: Path | str) -> None:
     """Write a genotype in the form that the name's ending says, whole or not at all.
 
     ``.json``: natlib JSON; ``.txt``: the literal that DARTS prints; ``.svg``, ``.png``: its cells
     drawn. ``genotype.read`` reads the first two. Raises NatlibError for another ending.
     """
+    path = _place(path)
     if path.suffix in (".svg", ".png"):
         from natlib.drawing import draw_genotype
 
@@ -226,9 +235,12 @@ def convert(source: str, target: Path) -> None:
     """Write ``source`` to ``target`` in the form that the target's ending says.
 
     ``source`` is a published genotype's name, a genotype's file, a network's file ``*.pt``, or the
-    ``record.json`` of a trained network. Raises NatlibError if the one cannot become the other.
+    ``record.json`` of a trained network, or its folder. Raises NatlibError if the one cannot become
+    the other.
     """
     path = Path(source)
+    if (path / "record.json").is_file():
+        path /= "record.json"
     network = load_network(path) if path.suffix == ".pt" else None
     if path.name == "record.json":
         network = trained(path)
@@ -244,7 +256,8 @@ def convert(source: str, target: Path) -> None:
     elif network is not None:
         save_genotype(_require_standalone(network), target)
     else:
-        save_genotype(zoo.ZOO[source] if source in zoo.ZOO else genotypes.read(path), target)
+        named = source in zoo.ZOO or not (path.suffix or path.exists())
+        save_genotype(zoo.get(source) if named else genotypes.read(path), target)
 
 
 def main() -> int:

@@ -137,9 +137,12 @@ _KNOWN = (
 _BY_NAME = {p.name: p for p in _KNOWN}
 
 ALL_PRIMITIVES: tuple[str, ...] = tuple(_BY_NAME)
-"""Names of all primitives natlib can build, the 13 of NAT++ first."""
+"""Names of all primitives natlib can build."""
 
-PRIMITIVES: tuple[str, ...] = ALL_PRIMITIVES[:13]
+PRIMITIVES: tuple[str, ...] = (
+    "max_pool_3x3", "max_pool_5x5", "avg_pool_3x3", "avg_pool_5x5", "skip_connect", "sep_conv_3x3",
+    "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "conv_1x1", "conv_3x3", "conv_5x5", "null",
+)  # fmt: skip
 """Names of the 13 primitives of NAT++, in the order of the authors' code."""
 
 NAT_PRIMITIVES: tuple[str, ...] = (

@@ -269,15 +269,8 @@ class RunStore:
             raise NatlibError(f"kind {kind!r}: use lower-case letters, digits and _")
         if not is_dataclass(config) or isinstance(config, type):
             raise NatlibError(f"config of {kind} must be a dataclass instance, not {config!r}")
-        content = {
-            "kind": kind,
-            "recipe": recipe,
-            "config": as_json(config),
-            "data": data,
-            "inputs": dict(inputs or {}),
-        }
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        values = (kind, recipe, as_json(config), data, dict(inputs or {}))
+        return _hash_of(dict(zip(HASHED, values, strict=True)))
 
     def find(self, kind: str, key: str) -> Record | None:
         """Return the record ``key``, or None where it is not there or not fresh.
@@ -510,14 +503,28 @@ def as_json(value: Any) -> Any:
     )
 
 
+HASHED = ("kind", "recipe", "config", "data", "inputs")
+"""What a record's key stands for."""
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_record(path: Path) -> Record:
     """Return the record in the JSON file ``path``.
 
     Raises FileNotFoundError where there is none, NatlibError where the file is damaged.
     """
     try:
-        return _from_json(json.loads(path.read_text()), path)
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text())
+        record = _from_json(content, path)
+        _timestamp(record.provenance["finished"])
+        if _hash_of({name: content[name] for name in HASHED}) != record.key:
+            raise ValueError("its configuration is not the one that its key stands for")
+        return record
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NatlibError(
             f"record {path} cannot be read ({type(error).__name__}: {error}): "
             f"delete {path.parent} and run again"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -649,10 +651,51 @@ RECIPES = {
 """Versions of what the bodies do: raised when the meaning of a result changes."""
 
 
+def require_rewritable(genotype: Genotype, space: SpaceConfig, degree: int) -> None:
+    """Refuse a genotype that supernets of ``space`` and policies of in-degree ``degree`` lack.
+
+    Raises NatlibError on more nodes, another primitive, and a node with more incoming edges.
+    """
+    for name, cell in genotype.cells:
+        if cell.nodes > max(space.nodes):
+            raise NatlibError(
+                f"the {name} cell has {cell.nodes} nodes; supernets of these settings have "
+                f"{max(space.nodes)} (`space: {{nodes: ...}}` in experiments.yml)"
+            )
+        for edge in cell.edges:
+            if edge.primitive not in space.primitives:
+                raise NatlibError(
+                    f"primitive {edge.primitive!r} in the {name} cell is not in the search space; "
+                    f"allowed are {', '.join(space.primitives)}"
+                )
+        if (most := max(Counter(e.target for e in cell.edges).values(), default=0)) > degree:
+            raise NatlibError(
+                f"a node of the {name} cell has {most} incoming edges; policies of these settings "
+                f"take {degree} (`policy: {{gcn: {{degree: ...}}}}` in experiments.yml, for which "
+                "supernet and policy are trained anew)"
+            )
+
+
+def _of_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of a plain type, of tuples or of alternatives; others are not judged."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_of_type(value, one) for one in get_args(hint))
+    if origin is tuple and isinstance(value, tuple):
+        items = get_args(hint)
+        kinds = items[:1] * len(value) if items[-1:] == (...,) else items
+        return len(kinds) == len(value) and all(map(_of_type, value, kinds))
+    if hint in (int, float):
+        plain = int | float if hint is float else int
+        return isinstance(value, plain) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
+
+
 def settings(kind: type, given: Mapping[str, Any]) -> Any:
     """Build a configuration from a notebook's mapping; lists become tuples.
 
-    Raises NatlibError on a name that the configuration does not have, listing those it has.
+    Raises NatlibError on a name that the configuration does not have, listing those it has, and on
+    a value of another type.
     """
     allowed = [f.name for f in fields(kind)]
     for name in given:
@@ -661,6 +704,12 @@ def settings(kind: type, given: Mapping[str, Any]) -> Any:
                 f"unknown setting {name!r} of {kind.__name__}; allowed are {', '.join(allowed)}"
             )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if not _of_type(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
+            hint = " (YAML reads 1e-3 as text: write 0.001)" if isinstance(value, str) else ""
+            raise NatlibError(f"{kind.__name__}: {name} = {value!r} must be {wanted}{hint}")
     try:
         return kind(**values)
     except TypeError as error:
@@ -692,6 +741,8 @@ class Setting:
 
     def supernet_configs(self) -> list[SupernetConfig]:
         """One configuration a seed."""
+        if set(self.macro) != {"channels", "cells"}:
+            raise NatlibError(f"macro must have channels and cells, not {', '.join(self.macro)}")
         images = self.data()
         shared = {
             "data": images,

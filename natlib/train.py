@@ -171,16 +171,22 @@ def accuracies(
     A supernet normalises with each batch's own statistics, so its accuracy depends on the order and
     the batch size: both are fixed. What genotypes have in common is computed once a batch (see
     ``network.Memo``); the result is that of each by itself. None stands for a standalone network's
-    own genotype. Raises NatlibError without images.
+    own genotype, which is judged in evaluation mode. Raises NatlibError without images.
     """
     if len(images) == 0:
         raise NatlibError("accuracy over no images is undefined")
     right = [0] * len(genotypes)
-    for start in range(0, len(labels), batch):
-        x, y = images[start : start + batch], labels[start : start + batch]
-        memo = Memo() if len(genotypes) > 1 else None
-        for i, genotype in enumerate(genotypes):
-            right[i] += int((network(x, genotype, memo).argmax(1) == y).sum())
+    training = network.training
+    if not network.shared:
+        network.eval()  # in training mode it would learn the statistics of what it is judged on
+    try:
+        for start in range(0, len(labels), batch):
+            x, y = images[start : start + batch], labels[start : start + batch]
+            memo = Memo() if len(genotypes) > 1 else None
+            for i, genotype in enumerate(genotypes):
+                right[i] += int((network(x, genotype, memo).argmax(1) == y).sum())
+    finally:
+        network.train(training)
     return [count / len(labels) for count in right]
 
 

@@ -173,8 +173,14 @@ RULES: dict[str, Callable[..., Transitions]] = {
     "natpp_cost_safe": natpp_cost_safe,
 }
 
-TITLES = {"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"}
-"""What pages call each rule, and the method that goes by it."""
+
+class _Titles(dict[str, str]):
+    def __missing__(self, rule: str) -> str:
+        return rule
+
+
+TITLES = _Titles({"nat": "NAT", "natpp": "NAT++", "natpp_cost_safe": "cost-safe"})
+"""What pages call each rule, and the method that goes by it; another rule goes by its own name."""
 
 ORIGINAL = "original"
 """What pages call the method that changes nothing."""

@@ -5,6 +5,7 @@ All paths are relative to the current folder, the root of the repository.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import re
@@ -24,6 +25,8 @@ from natlib.sources import normalised
 SCALES = ("smoke", "reduced", "extended", "paper")
 EXECUTED = Path("book/executed")
 STATE = Path(".make")
+TYPES: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, tuple, dict)}
+"""What parameters may be."""
 RUNS = Path(os.environ.get("NATLIB_RUNS") or "runs")
 
 
@@ -48,6 +51,18 @@ def read_experiments(path: Path = Path("experiments.yml")) -> dict[str, Experime
         experiments = {name: Experiment(**entry) for name, entry in content.items()}
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise NatlibError(f"{path}: {error}") from error
+    for name, experiment in experiments.items():
+        if not isinstance(experiment.after, list):
+            raise NatlibError(
+                f"{path}: `after` of {name} must be a list, [] or [NAME, ...], not "
+                f"{experiment.after!r}"
+            )
+        for scale, parameters in experiment.parameters.items():
+            if not isinstance(parameters, dict):
+                raise NatlibError(
+                    f"{path}: parameters of {name} at scale {scale} must be a mapping, {{}} for "
+                    f"none, not {parameters!r}"
+                )
     seen: list[str] = []
     for name, experiment in experiments.items():
         for scale in {**experiment.minutes, **experiment.parameters}:
@@ -88,6 +103,88 @@ def read_notebook(path: Path) -> Any:
         raise NatlibError(f"there is no notebook {path}") from None
     except (ValueError, nbformat.ValidationError) as error:
         raise NatlibError(f"{path} cannot be read: {error}") from error
+
+
+def declared_parameters(notebook: Any, name: str) -> dict[str, tuple[ast.expr | None, Any]]:
+    """Return annotation and default of each parameter in the cell tagged ``parameters``."""
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise NatlibError(f"{name}: one cell must have the tag 'parameters', not {len(cells)}")
+    declared: dict[str, tuple[ast.expr | None, Any]] = {}
+    try:
+        nodes = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise NatlibError(f"{name}: the parameters cell cannot be read: {error}") from None
+    for node in nodes:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=parameter)], value=value):
+                declared[parameter] = (None, literal(value, name))
+            case ast.AnnAssign(
+                target=ast.Name(id=parameter), annotation=note, value=ast.expr() as value
+            ):
+                declared[parameter] = (note, literal(value, name))
+            case ast.Expr(value=ast.Constant()):
+                pass
+            case _:
+                raise NatlibError(
+                    f"{name}: the parameters cell may only hold lines such as `seeds: int = 3`, "
+                    f"not `{ast.unparse(node)}`"
+                )
+    return declared
+
+
+def literal(value: ast.expr, name: str) -> Any:
+    """Return the value of a literal; raise NatlibError on anything that is computed."""
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        raise NatlibError(
+            f"{name}: a parameter must be a plain value, not `{ast.unparse(value)}`"
+        ) from None
+
+
+def fits(value: Any, annotation: ast.expr) -> bool:
+    """Say whether ``value`` is of a type such as ``int``, ``list[str]`` or ``str | None``."""
+    match annotation:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return fits(value, left) or fits(value, right)
+        case ast.Subscript(value=outer, slice=inner) if isinstance(value, list | tuple):
+            return fits(value, outer) and all(fits(item, inner) for item in value)
+        case ast.Subscript(value=outer):
+            return fits(value, outer)
+        case ast.Constant(value=None):
+            return value is None
+        case ast.Name(id="float"):
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case ast.Name(id="int"):
+            return isinstance(value, int) and not isinstance(value, bool)
+        case ast.Name(id=name) if name in TYPES:
+            return isinstance(value, TYPES[name])
+        case _:
+            raise NatlibError(
+                f"parameter type {ast.unparse(annotation)} is not known; use {', '.join(TYPES)}, "
+                "list[int] and the like, or alternatives with |"
+            )
+
+
+def check_parameters(notebook: Any, parameters: dict[str, Any], name: str) -> None:
+    """Raise NatlibError where a parameter is unknown to the notebook or of another type."""
+    declared = declared_parameters(notebook, name)
+    for parameter, value in parameters.items():
+        if parameter not in declared:
+            raise NatlibError(
+                f"{name} has no parameter {parameter!r}; it has: {', '.join(sorted(declared))}"
+            )
+        annotation, default = declared[parameter]
+        annotation = annotation or ast.Name(id=type(default).__name__)
+        try:
+            fit = fits(value, annotation)
+        except NatlibError as error:
+            raise NatlibError(f"{name}: {error}") from None
+        if not fit:
+            raise NatlibError(
+                f"{name}: parameter {parameter} = {value!r} must be {ast.unparse(annotation)}"
+            )
 
 
 def code_cells(notebook: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from experiments import (
     EXECUTED,
     STATE,
     Experiment,
+    check_parameters,
     chosen_dataset,
     code_hash,
     code_of,
@@ -110,6 +111,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="notebooks (default: all), with what they need")
     parser.add_argument("--scale", required=True)
     parser.add_argument("--workers", type=int, help="worker processes in a notebook")
+    parser.add_argument("--output", type=Path, default=STATE / "graph", help="without its ending")
     parser.add_argument("--fresh", action="store_true", help="run all of them again")
     arguments = parser.parse_args()
     scale = arguments.scale
@@ -117,6 +119,13 @@ def main() -> int:
     for name in arguments.names:
         require(name, experiments, "notebook")
     names = needed_by(arguments.names or list(experiments), experiments)
+    if not arguments.names:
+        for name in [name for name in names if scale not in experiments[name].parameters]:
+            names.remove(name)
+            print(f"left out: {name} has no parameters for scale {scale} in experiments.yml")
+    for name in names:  # before anything runs
+        own = parameters_at(experiments, name, scale)
+        check_parameters(read_notebook(Path("notebooks") / f"{name}.ipynb"), own, name)
     dataset = chosen_dataset()
     given = {"scale": scale, "dataset": dataset["name"], "checksums": dataset["checksums"]}
 
@@ -136,8 +145,8 @@ def main() -> int:
             write_text(file, text)
         rules.append(f"{executed([name])}: {file} {executed(experiment.after)}")
         rules.append(f"\t@{python} {shlex.join([runner, name, *options])}")
-    write_text(STATE / "graph.mk", "\n".join(rules) + "\n")
-    write_text(STATE / "shared_imports", " ".join(shared_imports(names)) + "\n")
+    write_text(Path(f"{arguments.output}.mk"), "\n".join(rules) + "\n")
+    write_text(Path(f"{arguments.output}.imports"), " ".join(shared_imports(names)) + "\n")
     minutes = sum(experiments[name].minutes.get(scale, 0) for name in names)
     print(f"{len(names)} notebooks at scale {scale}", end="")
     about = f"{math.ceil(minutes)} min" if minutes < 120 else f"{minutes / 60:.0f} h"

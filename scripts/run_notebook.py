@@ -7,7 +7,6 @@ a file apart, which replaces the old result only when every cell succeeded.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import json
 import os
@@ -27,8 +26,10 @@ from experiments import (
     EXECUTED,
     RUNS,
     STATE,
+    check_parameters,
     chosen_dataset,
     code_hash,
+    declared_parameters,
     exit_with,
     parameters_at,
     read_experiments,
@@ -41,10 +42,7 @@ from nbclient.exceptions import DeadKernelError
 from nbclient.util import run_sync
 from papermill.exceptions import PapermillExecutionError
 
-from natlib import NatlibError
 from natlib.files import locked
-
-TYPES: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, tuple, dict)}
 
 
 class OwnKernel(AsyncKernelManager):
@@ -56,67 +54,6 @@ class OwnKernel(AsyncKernelManager):
         python = os.environ.get("NATLIB_PYTHON", sys.executable)  # see warm.py
         command = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
-
-
-def declared_parameters(notebook: Any, name: str) -> dict[str, tuple[ast.expr | None, Any]]:
-    """Return annotation and default of each parameter in the cell tagged ``parameters``."""
-    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise NatlibError(f"{name}: one cell must have the tag 'parameters', not {len(cells)}")
-    declared: dict[str, tuple[ast.expr | None, Any]] = {}
-    for node in ast.parse(cells[0].source).body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=parameter)], value=value):
-                declared[parameter] = (None, ast.literal_eval(value))
-            case ast.AnnAssign(
-                target=ast.Name(id=parameter), annotation=note, value=ast.expr() as value
-            ):
-                declared[parameter] = (note, ast.literal_eval(value))
-            case ast.Expr(value=ast.Constant()):
-                pass
-            case _:
-                raise NatlibError(
-                    f"{name}: the parameters cell may only hold lines such as `seeds: int = 3`, "
-                    f"not `{ast.unparse(node)}`"
-                )
-    return declared
-
-
-def fits(value: Any, annotation: ast.expr) -> bool:
-    """Say whether ``value`` is of a type such as ``int``, ``list[str]`` or ``str | None``."""
-    match annotation:
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return fits(value, left) or fits(value, right)
-        case ast.Subscript(value=outer, slice=inner) if isinstance(value, list | tuple):
-            return fits(value, outer) and all(fits(item, inner) for item in value)
-        case ast.Subscript(value=outer):
-            return fits(value, outer)
-        case ast.Constant(value=None):
-            return value is None
-        case ast.Name(id="float"):
-            return isinstance(value, int | float) and not isinstance(value, bool)
-        case ast.Name(id="int"):
-            return isinstance(value, int) and not isinstance(value, bool)
-        case ast.Name(id=name) if name in TYPES:
-            return isinstance(value, TYPES[name])
-        case _:
-            raise NatlibError(f"parameter type {ast.unparse(annotation)} is not known")
-
-
-def check_parameters(notebook: Any, parameters: dict[str, Any], name: str) -> None:
-    """Raise NatlibError where a parameter is unknown to the notebook or of another type."""
-    declared = declared_parameters(notebook, name)
-    for parameter, value in parameters.items():
-        if parameter not in declared:
-            raise NatlibError(
-                f"{name} has no parameter {parameter!r}; it has: {', '.join(sorted(declared))}"
-            )
-        annotation, default = declared[parameter]
-        annotation = annotation or ast.Name(id=type(default).__name__)
-        if not fits(value, annotation):
-            raise NatlibError(
-                f"{name}: parameter {parameter} = {value!r} must be {ast.unparse(annotation)}"
-            )
 
 
 class Progress:
@@ -324,9 +261,12 @@ def main() -> int:
         "workers": arguments.workers,
         **parameters_at(experiments, name, scale),
     }
+    declared = declared_parameters(read_notebook(Path("notebooks") / f"{name}.ipynb"), name)
     for assignment in arguments.set:
         parameter, _, value = assignment.partition("=")
-        parameters[parameter] = yaml.safe_load(value)
+        # Text is taken as it stands: YAML would cut a path at " #".
+        text = parameter in declared and isinstance(declared[parameter][1], str)
+        parameters[parameter] = value if text else yaml.safe_load(value)
     target = arguments.output or EXECUTED / f"{name}.ipynb"
     return run(name, target, parameters, 60 * experiments[name].minutes.get(scale, 0))
 

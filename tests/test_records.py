@@ -215,6 +215,19 @@ def test_a_damaged_record_is_an_error_that_names_it(store: RunStore) -> None:
     assert record.path.read_text() == text[: len(text) // 2]
 
 
+@pytest.mark.parametrize("damage", ["[]", "null", "config", "finished"])
+def test_a_record_that_is_another_one_is_damaged(store: RunStore, damage: str) -> None:
+    record = store.run("walk", Walk(), bodies.walk, **PLAIN)
+    content = json.loads(record.path.read_text())
+    if damage == "config":
+        content["config"]["seed"] += 1  # edited by hand: its key stands for another
+    elif damage == "finished":
+        del content["provenance"]["finished"]
+    record.path.write_text(damage if damage in ("[]", "null") else json.dumps(content))
+    with pytest.raises(NatlibError, match=f"{record.path} cannot be read.*delete"):
+        store.run("walk", Walk(), bodies.walk, **PLAIN)
+
+
 def test_artifacts_are_verified(store: RunStore) -> None:
     record = store.run("walk", Walk(), bodies.walk, **PLAIN)
     assert record.load("end")["position"].tolist() == record.result["end"]

@@ -175,6 +175,12 @@ def test_wrong_names_and_scales_are_refused(
         ({"parameters": {"tiny": {}}}, "experiments.yml: scale of one: 'tiny' is not one of smoke"),
         ({"afterwards": []}, "experiments.yml: "),
         ({"files": ["none.csv"]}, "experiments.yml: none.csv, which one reads, is not there"),
+        ({"parameters": {"smoke": {"seedz": 1}}}, "one has no parameter 'seedz'; it has: "),
+        ({"parameters": {"smoke": None}}, "experiments.yml: parameters of one at scale smoke must"),
+        (
+            {"after": "two"},
+            "experiments.yml: `after` of one must be a list, [] or [NAME, ...], not",
+        ),
     ],
 )
 def test_mistakes_in_experiments_yml_are_named(
@@ -184,6 +190,47 @@ def test_mistakes_in_experiments_yml_are_named(
     done = project.script("graph", "--scale", "smoke")
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seeds: int = 2 * 4", "one: a parameter must be a plain value, not `2 * 4`"),
+        ("seeds: int = (", "one: the parameters cell cannot be read: "),
+        ("seeds: Optional[int] = 1", "one: parameter type Optional is not known; use bool, int,"),
+    ],
+)
+def test_mistakes_in_the_parameters_cell_are_named(
+    project: Project, line: str, message: str
+) -> None:
+    project.notebook("one", parameters={"smoke": {"seeds": 2}})
+    cell = nbformat.v4.new_code_cell(line, metadata={"tags": ["parameters"]})
+    path = project.root / "notebooks" / "one.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    done = project.script("graph", "--scale", "smoke")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_notebook_without_this_scale_is_left_out_unless_it_is_asked_for(
+    project: Project,
+) -> None:
+    project.notebook("one")
+    project.notebook("two", parameters={"reduced": {}})
+    done = project.script("graph", "--scale", "smoke")
+    assert done.returncode == 0
+    assert "left out: two has no parameters for scale smoke" in done.stdout
+    done = project.script("graph", "--scale", "smoke", "two")
+    assert done.stderr.startswith("error: scale of two in experiments.yml: 'smoke' is not one of")
+
+
+def test_two_makes_keep_plans_of_their_own(project: Project) -> None:
+    project.notebook("one")
+    project.notebook("two")
+    for name in ("one", "two"):
+        project.script("graph", "--scale", "smoke", "--output", f".make/{name}.1", name)
+    plans = [(project.root / ".make" / f"{name}.1.mk").read_text() for name in ("one", "two")]
+    assert "two.ipynb" not in plans[0] and "one.ipynb" not in plans[1]
 
 
 @pytest.mark.parametrize("tags", [[], [["parameters"], ["parameters"]]])
@@ -393,11 +440,14 @@ def test_computing_afresh_goes_on_from_the_same_moment_until_it_is_done(tmp_path
         shutil.copy(REPOSITORY / name, tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "$NATLIB_FRESH" > moment\ntest ! -e fails\n')
+    python.write_text(
+        '#!/bin/sh\necho "$NATLIB_FRESH" > moment\n'
+        'while [ $# -gt 0 ]; do test "$1" = --output && touch "$2.imports"; shift; done\n'
+        "test ! -e fails\n"
+    )
     python.chmod(0o755)
     (tmp_path / ".venv" / "installed").touch()
     (tmp_path / ".make").mkdir()
-    (tmp_path / ".make" / "shared_imports").touch()
     begun, fails = tmp_path / ".make" / "fresh.smoke", tmp_path / "fails"
 
     def make(target: str) -> tuple[int, str, str]:

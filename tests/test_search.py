@@ -56,6 +56,7 @@ from natlib.search import (
     measure_gain,
     policy_step,
     random_policy,
+    require_rewritable,
     score_genotypes,
     supernet_reward,
     train_policy,
@@ -1058,3 +1059,40 @@ def test_settings_that_lack_something() -> None:
         SETTING.policies(["nat"], {"updates": 1, "lstm": {"feature": 3}})
     with pytest.raises(NatlibError, match="one of 'gcn', 'lstm'"):
         SETTING.policies(["nat"], {"updates": 1, "gcn": {}, "lstm": {}})
+    with pytest.raises(NatlibError, match=r"macro must have channels and cells, not .*stem"):
+        replace(SETTING, macro={**SETTING.macro, "stem": 1}).supernet_configs()
+
+
+@pytest.mark.usefixtures("made_images")
+@pytest.mark.parametrize(
+    ("part", "name", "value", "wanted"),
+    [
+        ("supernet", "lr", "1e-3", "float .*write 0.001"),
+        ("supernet", "epochs", 2.5, "int"),
+        ("supernet", "batch", True, "int"),
+        ("images", "train", "960", "int"),
+        ("space", "nodes", [4, "5"], "tuple"),
+    ],
+)
+def test_settings_of_another_type_are_refused(
+    part: str, name: str, value: Any, wanted: str
+) -> None:
+    setting = replace(SETTING, **{part: {**getattr(SETTING, part), name: value}})
+    with pytest.raises(NatlibError, match=f"{name} = .* must be {wanted}"):
+        setting.supernet_configs()
+
+
+@pytest.mark.parametrize(
+    ("space", "degree", "message"),
+    [
+        ({"nodes": (3,)}, 2, "has 4 nodes; supernets of these settings have 3"),
+        ({"primitives": ("null", "conv_3x3")}, 2, "primitive '.*' in the normal cell is not in"),
+        ({}, 1, "a node of the normal cell has 2 incoming edges; policies of these settings"),
+    ],
+)
+def test_what_supernet_or_policy_lack_is_refused_before_they_are_trained(
+    space: dict[str, Any], degree: int, message: str
+) -> None:
+    require_rewritable(ZOO["DARTS"], SpaceConfig(), 2)
+    with pytest.raises(NatlibError, match=message):
+        require_rewritable(ZOO["DARTS"], SpaceConfig(**space), degree)

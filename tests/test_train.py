@@ -223,6 +223,7 @@ class Fixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.shared = True
         self.sizes: list[int] = []
         self.gradients: list[bool] = []
 
@@ -253,6 +254,17 @@ def test_accuracy_of_a_network_counts_its_own_answers() -> None:
     for batch in (1, 7, 36, 100):
         assert accuracy(network, x, labels, batch=batch) == sum(right) / 36
     assert 0 < sum(right) < 36
+
+
+def test_judging_a_network_in_training_mode_leaves_it_as_it_is() -> None:
+    parts = splits(DATA)
+    network = CellNetwork(MACRO, genotype=SMALL, generator=generator()).to(device())
+    x, labels = parts.report.normalised, parts.report.labels
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    found = accuracy(network, x, labels)
+    assert network.training
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert found == accuracy(network.eval(), x, labels) and not network.training
 
 
 def test_accuracy_over_nothing() -> None:
