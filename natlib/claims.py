@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from natlib.evidence import DROPPED, EACH, LEARNED_ENOUGH, Rows
+from natlib.evidence import DROPPED, EACH, Rows
 from natlib.published import RELEASED
 from natlib.records import Record
 from natlib.report import (
+    RANKED,
     Claim,
     Interval,
     format_interval,
@@ -20,6 +21,7 @@ from natlib.report import (
     paired_difference,
     rank_correlation,
 )
+from natlib.train import LEARNED_ENOUGH
 from natlib.transitions import ORIGINAL, TITLES
 
 ACCURACY, CHANGE, MADDS = "top-1 (%)", "accuracy change (points)", "MAdds change (%)"
@@ -143,6 +145,13 @@ def _ranking(rows: Rows) -> Iterator[Claim]:
     each = rows.get(EACH)
     known = rank_correlation(each[SHARED], each[SCRATCH]).interval if each else None
     yield _claim(text, "assumed by both", known, measured="Spearman's ρ", percent=False, digits=2)
+
+
+def _natbench(rows: Rows) -> Iterator[Claim]:
+    """What the page of natbench says of supernets as judges: each is trained anew."""
+    text = "Shared weights rank architectures better than chance would, by the table of natbench"
+    found = interval(rows["supernet"][RANKED]) if "supernet" in rows else None
+    yield _claim(text, "assumed by both", found, measured="Spearman's ρ", percent=False, digits=2)
 
 
 def _policy(rows: Rows) -> Iterator[Claim]:
@@ -274,6 +283,7 @@ def _faces(rows: Rows) -> Iterator[Claim]:
 
 
 JUDGES: dict[str, Callable[[Rows], Iterator[Claim]]] = {
+    "truth_natbench": _natbench,
     "03_supernet": _ranking,
     "04_policy": _policy,
     "05_transform": _cells,

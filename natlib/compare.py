@@ -15,7 +15,7 @@ from natlib.baselines import NAOConfig, closure, nao
 from natlib.cost import network_cost
 from natlib.drawing import CYCLE, MARKERS, Chart, start_chart
 from natlib.errors import NatlibError
-from natlib.evidence import DROPPED, LEARNED_ENOUGH, LIVE
+from natlib.evidence import DROPPED, LIVE
 from natlib.genotype import INPUTS, Genotype
 from natlib.macro import BlockMacro, Macro, MacroConfig
 from natlib.published import RELEASED, answers, printed_costs
@@ -42,25 +42,23 @@ from natlib.search import (
     require_distinct_rules,
     settings,
 )
-from natlib.train import DataConfig, TrainConfig, splits, stream, train_standalone
+from natlib.train import (
+    LEARNED_ENOUGH,
+    DataConfig,
+    TrainConfig,
+    learned_enough,
+    splits,
+    stream,
+    train_standalone,
+)
 from natlib.transitions import ORIGINAL, TITLES, free
 
-LEARNED = 0.3
-"""See ``learned_enough``."""
 STANDING = {
     True: "The originals learned enough here for a verdict.",
     False: "The originals learned too little here for any verdict: what follows shows that all of "
     "it runs, and how much chance there is in it.",
 }
 """What pages say of ``Comparison.learned``."""
-
-
-def learned_enough(accuracy: float, chance: float) -> bool:
-    """Whether an original went three tenths of the way from ``chance``, that of guessing, to 1.
-
-    Below that networks from scratch say nothing of one another.
-    """
-    return accuracy >= chance + LEARNED * (1 - chance)
 
 
 @dataclass(frozen=True)

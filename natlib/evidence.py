@@ -14,6 +14,7 @@ import pandas as pd
 from natlib.errors import NatlibError
 from natlib.records import PAGE, Record, RunStore, read_reference
 from natlib.report import Table, duration, format_interval, holm, interval, p_value
+from natlib.train import LEARNED_ENOUGH
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]
 """Row, column, one fraction a seed. Columns of changes of accuracy have "change" in their name, of
@@ -24,9 +25,6 @@ which holds a number an architecture instead of a seed."""
 
 DROPPED = "dropped"
 """Column: how many samples were dropped because they cost more than the input."""
-
-LEARNED_ENOUGH = "learned"
-"""Column of originals: 1 where networks from scratch learned enough to be compared."""
 
 UNSHOWN = (DROPPED, LEARNED_ENOUGH)
 

@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from natlib import data, zoo
-from natlib.compare import learned_enough
 from natlib.cost import network_cost
 from natlib.errors import NatlibError
-from natlib.evidence import LEARNED_ENOUGH
 from natlib.genotype import Genotype
 from natlib.macro import MacroConfig
 from natlib.network import CellNetwork
 from natlib.records import Record, Run, RunStore
 from natlib.search import settings
-from natlib.train import EVALUATION_BATCH, InMemory, device, fit
+from natlib.train import (
+    EVALUATION_BATCH,
+    LEARNED_ENOUGH,
+    InMemory,
+    device,
+    fit,
+    learned_enough,
+)
 from natlib.transitions import ORIGINAL, TITLES
 from natlib.verification import verification
 

@@ -16,7 +16,7 @@ from natlib.natbench_build import DATA, MACRO
 from natlib.network import CellNetwork
 from natlib.primitives import PRIMITIVES
 from natlib.records import Record, Run, RunStore
-from natlib.report import RankCorrelation, format_interval, interval, rank_correlation
+from natlib.report import RANKED, RankCorrelation, format_interval, interval, rank_correlation
 from natlib.search import settings
 from natlib.tabular import Codes, Space, Values
 from natlib.train import DataConfig, accuracies, device, lacking, splits, stream, train_epochs
@@ -173,6 +173,18 @@ def judges(records: Sequence[Record], space: Space, rule: str) -> dict[str, Judg
             tuple(gain(*pair) for pair in found),
         )
         for name, found in pairs.items()
+    }
+
+
+def rows(judged: Mapping[str, Judge]) -> dict[str, dict[str, list[float]]]:
+    """Rows for ``evidence.keep`` of judges with seeds: rank correlation and gain, one a seed."""
+    return {
+        name: {
+            RANKED: [c.rho for c in judge.correlations],
+            "test gain of its choice, change (points)": list(judge.gains),
+        }
+        for name, judge in judged.items()
+        if len(judge.gains) > 1
     }
 
 

@@ -241,6 +241,10 @@ def mean_change(before: ArrayLike, after: ArrayLike) -> str:
     return format_interval(paired_difference(before, after))
 
 
+RANKED = "Spearman's ρ with test accuracy"
+"""Column of what judges of a table of known accuracies reach."""
+
+
 @dataclass(frozen=True)
 class RankCorrelation:
     """Kendall's tau and Spearman's rho of ``n`` pairs; [low, high] is the 95 % interval of rho."""

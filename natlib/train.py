@@ -23,6 +23,10 @@ from natlib.records import ADDED_LATER, Run
 
 # Batches of 64 to 128 are fastest on CPUs, those of 512 half as fast; 125 divides all parts' sizes.
 EVALUATION_BATCH = 125
+LEARNED = 0.3
+"""See ``learned_enough``."""
+LEARNED_ENOUGH = "learned"
+"""Column of what pages keep of originals: 1 where these ``learned_enough``."""
 
 
 @cache
@@ -149,6 +153,14 @@ def lacking(config: DataConfig) -> str:
     except data.Absent as absent:
         return absent.why
     return ""
+
+
+def learned_enough(accuracy: float, chance: float) -> bool:
+    """Whether an original went three tenths of the way from ``chance``, that of guessing, to 1.
+
+    Below that networks from scratch say nothing of one another.
+    """
+    return accuracy >= chance + LEARNED * (1 - chance)
 
 
 def macro_for(config: DataConfig, channels: int, cells: int) -> MacroConfig:

@@ -12,6 +12,7 @@ import pytest
 from natlib import claims, evidence
 from natlib.claims import BEFORE, CHANGE, MADDS
 from natlib.report import format_interval, interval, scorecard
+from natlib.train import LEARNED_ENOUGH
 
 TABLE = {
     "A, original": {"top-1 (%)": [0.5, 0.6]},
@@ -94,7 +95,7 @@ def test_each_page_is_judged_by_its_own_claims_and_only_on_what_it_found() -> No
 
 def test_networks_that_learned_nothing_decide_nothing_but_costs() -> None:
     unlearned = {name: dict(columns) for name, columns in TABLE.items()}
-    unlearned["A, original"][evidence.LEARNED_ENOUGH] = [0.0, 0.0]
+    unlearned["A, original"][LEARNED_ENOUGH] = [0.0, 0.0]
     unlearned["A, NAT"][evidence.DROPPED] = [3.0, 4.0]
     found = claims.judge({"table_1_handcrafted": unlearned})
     *accuracy, nat, nao = found

@@ -30,7 +30,7 @@ from natlib.compare import (
     rewritten,
 )
 from natlib.cost import network_cost
-from natlib.evidence import DROPPED, LEARNED_ENOUGH
+from natlib.evidence import DROPPED
 from natlib.genotype import Genotype
 from natlib.handcrafted import MACROS, ORIGINALS, macro, scaled
 from natlib.macro import MacroConfig
@@ -38,6 +38,7 @@ from natlib.network import CellNetwork
 from natlib.records import Record
 from natlib.report import format_interval, holm, interval, load_reported, p_value
 from natlib.search import Setting
+from natlib.train import LEARNED_ENOUGH
 from natlib.transitions import ORIGINAL
 from tests.made import DATA
 

@@ -11,6 +11,7 @@ import pytest
 
 from natlib import NatlibError, evidence, records
 from natlib.records import Record, RunStore
+from natlib.train import LEARNED_ENOUGH
 from tests import record_bodies as bodies
 
 ROWS = {
@@ -96,7 +97,7 @@ def test_what_shared_weights_say_of_original_and_rewriting_is_one_column(
 
 def test_what_claims_alone_need_is_kept_and_not_shown(used: list[Record], tmp_path: Path) -> None:
     rows = {
-        "VGG16, original": {"top-1 (%)": [0.3, 0.3], evidence.LEARNED_ENOUGH: [1.0, 1.0]},
+        "VGG16, original": {"top-1 (%)": [0.3, 0.3], LEARNED_ENOUGH: [1.0, 1.0]},
         "VGG16, NAT": {"top-1 (%)": [0.3, 0.3], evidence.DROPPED: [1.0, 0.0]},
         evidence.EACH: {"shared weights": [0.1, 0.2, 0.3, 0.4]},
     }

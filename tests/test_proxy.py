@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from natlib import natbench, proxy, records, tabular, train
+from natlib import claims, natbench, proxy, records, tabular, train
 from natlib.data import Absent
 from natlib.macro import MacroConfig
 from natlib.proxy import ProxyConfig
 from natlib.records import Record
+from natlib.report import RANKED, rank_correlation
 from natlib.train import DataConfig
 from natlib.transitions import by_name
 from tests.made import DATA, resumed_equals_uninterrupted
@@ -117,3 +118,16 @@ def test_the_table_says_how_many_seeds_a_judge_has(space: tabular.Space) -> None
     n = len({e.trained_as for e in natbench_table().entries})
     assert [f"({n:,} architectures)" in cell for cell in found[rho]] == [False] * 2 + [True] * 3
     assert ["(n = 2)" in cell for cell in found[gain]] == [True] * 2 + [False] * 3
+
+
+def test_rows_of_judges_are_those_with_seeds() -> None:
+    found = proxy.Judge(
+        tuple(rank_correlation([1, 2, 3, 4], order) for order in ([1, 2, 3, 4], [4, 3, 2, 1])),
+        (0.01, 0.02),
+    )
+    alone = proxy.Judge(found.correlations[:1], (0.1,))
+    rows = proxy.rows({"supernet": found, "params": alone})
+    assert list(rows) == ["supernet"]
+    assert rows["supernet"][RANKED] == [1, -1]
+    (claim,) = claims.judge({"truth_natbench": rows})
+    assert claim.evidence.n == 2 and "natbench" in claim.text  # type: ignore[union-attr]
