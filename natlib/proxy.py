@@ -133,14 +133,6 @@ def _correlation(space: Space, values: Values, test: Values) -> RankCorrelation:
     return rank_correlation(values[known], test[known])
 
 
-def rank_correlations(records: Sequence[Record], space: Space) -> list[RankCorrelation]:
-    """How each supernet ranks natbench, against test accuracy."""
-    return [
-        _correlation(space, np.array(r.result["accuracy"], dtype=np.float64), space.test)
-        for r in records
-    ]
-
-
 def judges(records: Sequence[Record], space: Space, rule: str) -> dict[str, Judge]:
     """Compare supernets on natbench with what else one might go by.
 

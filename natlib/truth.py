@@ -642,21 +642,19 @@ class Setting:
             found[name] = settings(Learner, {**self.learner, "network": gcn, **rest})
         return found
 
+    def _configs(
+        self, space: str, methods: tuple[tuple[str, Learner], ...], searches: tuple[str, ...]
+    ) -> list[TruthConfig]:
+        """One configuration a seed."""
+        rest = methods, searches, self.held_out, self.samples, self.chosen
+        return [
+            TruthConfig(tabular.in_turn(space, seed), seed, *rest) for seed in range(self.seeds)
+        ]
+
     def more(self, base: Study, learners: Mapping[str, Learner], workers: int, scale: str) -> Study:
         """Return a study with further learners, on the same seeds and held-out inputs."""
         policies = tuple(learners.items())
-        configs = [
-            TruthConfig(
-                tabular.in_turn(self.space, seed),
-                seed,
-                policies,
-                (),
-                self.held_out,
-                self.samples,
-                self.chosen,
-            )
-            for seed in range(self.seeds)
-        ]
+        configs = self._configs(self.space, policies, ())
         found, _ = _records("truth", self.space, configs, study, workers, scale)
         return Study([*base.records, *found], base.source)
 
@@ -669,19 +667,9 @@ class Setting:
         space = space or self.space
         policies = tuple(self.methods(varied).items())
         # Searches train nothing: a change of the learner leaves their records as they are.
-        configs = [
-            TruthConfig(
-                tabular.in_turn(space, seed),
-                seed,
-                methods,
-                searches,
-                self.held_out,
-                self.samples,
-                self.chosen,
-            )
-            for methods, searches in ((policies, ()), ((), SEARCHES))[: 1 + varied]
-            for seed in range(self.seeds)
-        ]
+        configs = self._configs(space, policies, ())
+        if varied:
+            configs += self._configs(space, (), SEARCHES)
         return Study(*_records("truth", space, configs, study, workers, scale))
 
     def facts(self, scale: str) -> list[Record]:

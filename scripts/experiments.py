@@ -25,9 +25,9 @@ from natlib.sources import normalised
 SCALES = ("smoke", "reduced", "extended", "paper")
 EXECUTED = Path("book/executed")
 STATE = Path(".make")
+RUNS = Path(os.environ.get("NATLIB_RUNS") or "runs")
 TYPES: dict[str, type] = {t.__name__: t for t in (bool, int, float, str, list, tuple, dict)}
 """What parameters may be."""
-RUNS = Path(os.environ.get("NATLIB_RUNS") or "runs")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def read_experiments(path: Path = Path("experiments.yml")) -> dict[str, Experime
         experiments = {name: Experiment(**entry) for name, entry in content.items()}
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise NatlibError(f"{path}: {error}") from error
+    seen: list[str] = []
     for name, experiment in experiments.items():
         if not isinstance(experiment.after, list):
             raise NatlibError(
@@ -63,8 +64,6 @@ def read_experiments(path: Path = Path("experiments.yml")) -> dict[str, Experime
                     f"{path}: parameters of {name} at scale {scale} must be a mapping, {{}} for "
                     f"none, not {parameters!r}"
                 )
-    seen: list[str] = []
-    for name, experiment in experiments.items():
         for scale in {**experiment.minutes, **experiment.parameters}:
             require(scale, SCALES, f"{path}: scale of {name}")
         for upstream in experiment.after:

@@ -60,6 +60,7 @@ def there(files: list[Path], folders: list[str], scale: str) -> dict[str, str]:
 def stamp(name: str, experiment: Experiment, parameters: dict[str, Any], folders: list[str]) -> str:
     """Return what decides whether the executed notebook ``name`` is still right, as JSON."""
     notebook = read_notebook(Path("notebooks") / f"{name}.ipynb")
+    check_parameters(notebook, experiment.parameters[parameters["scale"]], name)
     imports = set().union(*map(imported_names, code_of(notebook)))
     files = [Path(file) for file in experiment.files]
     for file in files:
@@ -123,9 +124,6 @@ def main() -> int:
         for name in [name for name in names if scale not in experiments[name].parameters]:
             names.remove(name)
             print(f"left out: {name} has no parameters for scale {scale} in experiments.yml")
-    for name in names:  # before anything runs
-        own = parameters_at(experiments, name, scale)
-        check_parameters(read_notebook(Path("notebooks") / f"{name}.ipynb"), own, name)
     dataset = chosen_dataset()
     given = {"scale": scale, "dataset": dataset["name"], "checksums": dataset["checksums"]}
 

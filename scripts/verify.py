@@ -265,7 +265,8 @@ def verify(scale: str) -> int:
     if not references:
         raise NatlibError(f"no reference of scale {scale} is recorded in {folder_of(scale)}")
     limits: Tolerances = json.loads((folder_of(scale) / "tolerances.json").read_text())
-    here = {record.key: record for records in used_records(scale).values() for record in records}
+    used = [record for records in used_records(scale).values() for record in records]
+    here = {record.key: record for record in used}
     rows = []
     for reference in references:
         if reference.key not in here or reference.kind == PAGE:
@@ -278,7 +279,7 @@ def verify(scale: str) -> int:
             rows.append(
                 (reference.kind, reference.key, metric, value, mine.get(metric), allowed, verdict)
             )
-    rows += page_rows(references, [r for used in used_records(scale).values() for r in used])
+    rows += page_rows(references, used)
     print_table(rows)
     pages = {r.config["page"] for r in references if r.kind == PAGE and changes(r)}
     if apart := sorted(pages - {row[1] for row in rows if row[0] == PAGE}):
